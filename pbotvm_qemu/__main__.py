@@ -1,0 +1,5 @@
+"""`python -m pbotvm_qemu` is the command line."""
+
+from pbotvm_qemu.cli import main
+
+main()

@@ -1,0 +1,240 @@
+"""Configuration as frozen data: built-in defaults < config.toml < environment < command line.
+
+The file is TOML with one table per class below and the field names with `-` for `_`:
+
+```toml
+[machine]
+memory = "512M"
+disk-size = "12G"
+
+[limits]
+wall = 10
+
+[relay]
+port = 9000
+```
+
+The environment variables are the predecessor's. Where an old and a new name exist, the new one wins.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tomllib
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from pbotvm_qemu.errors import ConfigError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_SIZE = re.compile(r"([0-9]{1,12})\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,39}")
+
+LOOPBACK = "127.0.0.1"
+SNAPSHOT = "1"  # the predecessor's name for the clean snapshot
+
+
+def parse_size(text: str, what: str = "size") -> int:
+    """Return the number of bytes that `text` ("512M", "12G", "4096") means; units are powers of 1024.
+
+    Raises UsageError for anything else.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    if not match:
+        raise UsageError(f"{what} {text!r} is not a size", hint="write a number with K, M, G or T, such as 512M")
+    return int(match[1]) * _UNITS[match[2].upper()]
+
+
+def format_size(count: int) -> str:
+    """Return `count` bytes as a short text ("512M", "1.5G")."""
+    for unit, factor in (("T", 1 << 40), ("G", 1 << 30), ("M", 1 << 20), ("K", 1 << 10)):
+        if count >= factor:
+            value = count / factor
+            return f"{value:.0f}{unit}" if value == int(value) else f"{value:.1f}{unit}"
+    return f"{count}"
+
+
+def machine_name(text: str) -> str:
+    """Return `text` when it can name a machine (and so a folder and a socket).
+
+    Raises UsageError otherwise.
+    """
+    if not _NAME.fullmatch(text):
+        raise UsageError(
+            f"{text!r} cannot name a machine",
+            hint="use 1 to 40 letters, digits, dots, dashes and underscores; begin with a letter or digit",
+        )
+    return text
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MachineConfig:
+    """The hardware of one machine. Part of its snapshot: a change needs `create --force`."""
+
+    name: str = "pbot-vm"
+    memory: int = 512 << 20  # bytes
+    cpus: int = 1
+    disk_size: int = 12 << 30  # bytes; the file is sparse
+    serial: int = 5555  # TCP port of the guest's third serial port
+    health: int = 5556  # TCP port of the guest's fourth serial port
+    cid: int = 7  # vsock context id, 0 for none; only on hosts with /dev/vhost-vsock
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What one run may use. Counted in the guest; the host adds a deadline of its own."""
+
+    wall: float = 10.0  # seconds
+    cpu: float = 0.0  # seconds per process; 0 means as much as `wall`
+    memory: int = 0  # bytes; 0 means all but what the guest itself needs
+    processes: int = 200
+    file_size: int = 1 << 30  # bytes per file
+    output: int = 64 << 20  # bytes of stdout and stderr together
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RelayConfig:
+    """The front door for PBot's `vm-client`."""
+
+    host: str = LOOPBACK
+    port: int = 9000
+    queue: int = 64  # requests that may wait
+    output: int = 1 << 20  # bytes of output kept for one reply
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """Everything that can be configured."""
+
+    machine: MachineConfig = field(default_factory=MachineConfig)
+    limits: Limits = field(default_factory=Limits)
+    relay: RelayConfig = field(default_factory=RelayConfig)
+
+
+_SIZES = {("machine", "memory"), ("machine", "disk_size"), ("limits", "memory"), ("limits", "file_size"),
+          ("limits", "output"), ("relay", "output")}  # fmt: skip
+_RANGES: dict[tuple[str, str], tuple[float, float]] = {
+    ("machine", "memory"): (128 << 20, 1 << 40),
+    ("machine", "cpus"): (1, 64),
+    ("machine", "disk_size"): (1 << 20, 64 << 40),
+    ("machine", "serial"): (0, 65535),
+    ("machine", "health"): (0, 65535),
+    ("machine", "cid"): (0, 0xFFFFFFFE),
+    ("limits", "wall"): (0.1, 86400),
+    ("limits", "cpu"): (0, 86400),
+    ("limits", "memory"): (0, 1 << 40),
+    ("limits", "processes"): (1, 32768),
+    ("limits", "file_size"): (0, 1 << 50),
+    ("limits", "output"): (1, 1 << 50),
+    ("relay", "port"): (0, 65535),
+    ("relay", "queue"): (1, 100000),
+    ("relay", "output"): (1, 1 << 30),
+}
+
+# (variables, newest first) -> where the value goes. Source: the predecessor's environment, both eras.
+_ENVIRONMENT: tuple[tuple[tuple[str, ...], str, str], ...] = (
+    (("PBOTVM_DOMAIN",), "machine", "name"),
+    (("PBOTVM_SERIAL",), "machine", "serial"),
+    (("PBOTVM_HEALTH", "PBOTVM_HEART"), "machine", "health"),
+    (("PBOTVM_CID",), "machine", "cid"),
+    (("PBOTVM_TIMEOUT",), "limits", "wall"),
+    (("PBOTVM_ADDR", "PBOTVM_HOST"), "relay", "host"),
+    (("PBOTVM_PORT", "PBOTVM_SERVER"), "relay", "port"),
+)
+
+_Table = TypeVar("_Table", MachineConfig, Limits, RelayConfig)
+
+
+def checked(table: _Table, table_name: str, changes: Mapping[str, object], source: str) -> _Table:
+    """Return `table` with `changes` applied, each checked for type and range.
+
+    `source` names where the values come from, for the message. Raises ConfigError for the first bad one.
+    """
+    defaults = {item.name: getattr(table, item.name) for item in fields(table)}
+    values: dict[str, Any] = {}
+    for name, raw in changes.items():
+        if name not in defaults:
+            known = ", ".join(sorted(key.replace("_", "-") for key in defaults))
+            raise ConfigError(
+                f"{source}: unknown key {name.replace('_', '-')!r} in [{table_name}]", hint=f"known keys: {known}"
+            )
+        values[name] = _value(table_name, name, raw, defaults[name], source)
+    return replace(table, **values)
+
+
+def _value(table: str, name: str, raw: object, default: object, source: str) -> object:
+    what = f"{source}: {name.replace('_', '-')}"
+    value: object = raw
+    if (table, name) in _SIZES and isinstance(raw, str):
+        value = parse_size(raw, what)
+    elif isinstance(default, int | float) and isinstance(raw, str):
+        try:
+            value = type(default)(raw)
+        except ValueError as exc:
+            raise ConfigError(f"{what} is {raw!r}, not a number", hint="write a plain number") from exc
+    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if type(value) is not type(default):
+        raise ConfigError(
+            f"{what} is {raw!r}, expected {type(default).__name__}", hint=f"the default is {default!r}"
+        )
+    if (table, name) in _RANGES and isinstance(value, int | float):
+        low, high = _RANGES[table, name]
+        if not low <= value <= high:
+            raise ConfigError(f"{what} is {raw}, out of range", hint=f"use a value from {low} to {high}")
+    if (table, name) == ("machine", "name") and isinstance(value, str):
+        machine_name(value)
+    if (table, name) == ("machine", "cid") and value in (1, 2):
+        raise ConfigError(f"{what} {value} is reserved", hint="use 0 for none, or 3 and above (vsock(7))")
+    return value
+
+
+def load(file: Path, environment: Mapping[str, str] | None = None) -> Config:
+    """Return the defaults changed by `file` (when it exists) and then by the environment.
+
+    Raises ConfigError that names the file or variable.
+    """
+    config = Config()
+    tables = _read(file)
+    unknown = sorted(set(tables) - {"machine", "limits", "relay"})
+    if unknown:
+        raise ConfigError(f"{file}: unknown table [{unknown[0]}]", hint="known tables: [machine], [limits], [relay]")
+    for name in ("machine", "limits", "relay"):
+        config = _change(config, name, {key.replace("-", "_"): value for key, value in tables.get(name, {}).items()}, str(file))
+    environment = os.environ if environment is None else environment
+    for variables, table, name in _ENVIRONMENT:
+        for variable in variables:
+            if value := environment.get(variable, ""):
+                config = _change(config, table, {name: value}, f"environment variable {variable}")
+                break
+    return config
+
+
+def _change(config: Config, table: str, changes: Mapping[str, object], source: str) -> Config:
+    if table == "machine":
+        return replace(config, machine=checked(config.machine, table, changes, source))
+    if table == "limits":
+        return replace(config, limits=checked(config.limits, table, changes, source))
+    return replace(config, relay=checked(config.relay, table, changes, source))
+
+
+def _read(file: Path) -> dict[str, dict[str, object]]:
+    try:
+        text = file.read_text("utf-8")
+    except FileNotFoundError:
+        return {}
+    except (OSError, UnicodeDecodeError) as exc:
+        raise ConfigError(f"cannot read {file}: {exc}", hint="fix or remove the file") from exc
+    try:
+        tables = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as exc:
+        raise ConfigError(f"{file}: {exc}", hint="fix the file; it is TOML") from exc
+    for name, table in tables.items():
+        if not isinstance(table, dict):
+            raise ConfigError(f"{file}: {name!r} stands outside a table", hint="put it under [machine], [limits] or [relay]")
+    return tables

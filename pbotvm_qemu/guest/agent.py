@@ -1,0 +1,197 @@
+"""The agent: answers the host on one channel and runs what it is asked to run."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import contextlib
+import os
+import sys
+
+from . import spec, system, wire
+from .loop import Loop
+from .port import Port
+from .run import Owner, Run
+from .wire import FrameType
+
+RELEASE = "1"
+_HOSTNAME_MAX = 63
+_BEAT = 4.0  # seconds; the predecessor calls a machine dead after 5
+
+
+class Agent:
+    """Serves one port: `hello`, `resume`, `ping`, and any number of runs at once up to RUNS_MAX."""
+
+    def __init__(self, loop: Loop, fd: int, owner: Owner, *, transport: str) -> None:
+        self._loop = loop
+        self._owner = owner
+        self._transport = transport
+        self._runs: dict[int, Run] = {}
+        self._port = Port(loop, fd, on_frame=self._frame, on_room=self._room, on_lost=self._lost)
+
+    def _frame(self, frame: wire.Frame) -> None:
+        try:
+            self._dispatch(frame)
+        except spec.BadRequestError as exc:
+            self._error(frame.id, "bad-request", str(exc))
+        except wire.WireError as exc:
+            self._error(frame.id, "protocol", str(exc))
+            if run := self._runs.get(frame.id):
+                run.cancel()
+        except OSError as exc:
+            self._error(frame.id, "guest", f"{exc.strerror}: {exc.filename or ''}".rstrip(": "))
+
+    def _dispatch(self, frame: wire.Frame) -> None:
+        type_ = frame.type
+        if type_ == FrameType.HELLO:
+            self._hello(wire.decode_json(frame.payload))
+        elif type_ == FrameType.PING:
+            self._port.send(wire.encode(FrameType.PING, frame.id, frame.payload), urgent=True)
+        elif type_ == FrameType.RESUME:
+            self._resume(wire.decode_json(frame.payload))
+            self._port.send(wire.encode_json(FrameType.RESUME, frame.id, {}))
+        elif type_ == FrameType.RUN:
+            self._run(frame)
+        elif type_ in (FrameType.DATA, FrameType.STDIN, FrameType.CREDIT, FrameType.SIGNAL, FrameType.CANCEL):
+            if run := self._runs.get(frame.id):  # for one that has ended: it crossed our exit frame
+                self._for_run(run, frame)
+        else:
+            self._error(frame.id, "unknown-type", f"this agent does not know frames of type {type_}")
+
+    def _for_run(self, run: Run, frame: wire.Frame) -> None:
+        if frame.type == FrameType.DATA:
+            run.data(frame.payload)
+        elif frame.type == FrameType.STDIN:
+            run.stdin(frame.payload)
+        elif frame.type == FrameType.CREDIT:
+            run.credit(wire.credit(frame))
+        elif frame.type == FrameType.CANCEL:
+            run.cancel()
+        else:
+            number = wire.decode_json(frame.payload).get("signal")
+            if not isinstance(number, int) or isinstance(number, bool):
+                raise wire.WireError("signal: not a number")
+            run.signal(number)
+
+    def _hello(self, question: dict[str, object]) -> None:
+        nonce = question.get("nonce")
+        if not isinstance(nonce, str) or not nonce.isalnum() or len(nonce) > 64:
+            raise wire.WireError("hello: nonce is not a short word")
+        kernel = os.uname()
+        self._port.send(
+            wire.encode_json(
+                FrameType.HELLO,
+                0,
+                # The nonce comes first: the host finds the answer by it, see Decoder.expect_hello.
+                {
+                    "nonce": nonce,
+                    "protocol": wire.VERSION,
+                    "agent": RELEASE,
+                    "transport": self._transport,
+                    "kernel": kernel.release,
+                    "hostname": kernel.nodename,
+                    "memory": system.memory_total(),
+                    "runs": len(self._runs),
+                },
+            )
+        )
+
+    def _resume(self, question: dict[str, object]) -> None:
+        """Become this clone, not the one that was frozen: its clock, its random numbers, its name."""
+        clock = question.get("clock_ns")
+        if isinstance(clock, int) and 0 < clock < 1 << 63:
+            system.set_clock(clock)
+        entropy = question.get("entropy")
+        if isinstance(entropy, str):
+            try:
+                data = base64.b64decode(entropy, validate=True)
+            except binascii.Error:
+                raise wire.WireError("resume: entropy is not base64") from None
+            if not 32 <= len(data) <= 512:
+                raise wire.WireError("resume: entropy must be 32 to 512 bytes")
+            system.add_entropy(data)
+        name = question.get("hostname")
+        if isinstance(name, str) and 0 < len(name) <= _HOSTNAME_MAX and name.replace("-", "").isalnum():
+            system.set_hostname(name)
+
+    def _run(self, frame: wire.Frame) -> None:
+        if not frame.id or frame.id in self._runs:
+            raise spec.BadRequestError(f"run id {frame.id} is in use or 0")
+        if len(self._runs) >= wire.RUNS_MAX:
+            self._error(frame.id, "busy", f"{wire.RUNS_MAX} programs run already")
+            return
+        request = spec.parse(wire.decode_json(frame.payload))
+        # Run() can end at once and call _done, so the place is taken before.
+        run = Run(self._loop, self._port, frame.id, request, self._owner, self._done)
+        if not run.done:
+            self._runs[frame.id] = run
+
+    def _done(self, id_: int) -> None:
+        self._runs.pop(id_, None)
+
+    def _room(self) -> None:
+        for run in list(self._runs.values()):
+            run.resume()
+
+    def _lost(self, why: str) -> None:
+        print(f"agent: channel lost: {why}", file=sys.stderr, flush=True)  # noqa: T201 - the guest's console
+        for run in list(self._runs.values()):
+            run.close()
+
+    def _error(self, id_: int, code: str, message: str) -> None:
+        self._port.send(wire.encode_json(FrameType.ERROR, id_, {"code": code, "message": message}), urgent=True)
+
+
+class Heartbeat:
+    """The predecessor's sign of life: a line feed on the health port every few seconds."""
+
+    def __init__(self, loop: Loop, fd: int) -> None:
+        self._loop = loop
+        self._fd = fd
+        self._beat()
+
+    def _beat(self) -> None:
+        with contextlib.suppress(BlockingIOError):  # nobody listens: the next beat will do
+            os.write(self._fd, b"\r\n")
+        self._loop.after(_BEAT, self._beat)
+
+
+def _owner(name: str, home: str) -> Owner:
+    if os.geteuid():
+        return Owner(home, name, None, None, cgroups=False)
+    uid, gid = system.user(name)
+    return Owner(home, name, uid, gid, cgroups=system.Cgroup.prepare())
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Serve for ever.
+
+    Arguments: `port=NAME` (virtio-serial) or `fd=N` (an open stream socket), `user=NAME`, `home=DIR`,
+    `heartbeat=DEVICE`, `grow=1` (fill the disk).
+    """
+    options = dict(argument.split("=", 1) for argument in (sys.argv[1:] if arguments is None else arguments))
+    loop = Loop()
+    owner = _owner(options.get("user", "vm"), options.get("home", "/home/vm"))
+    if options.get("grow"):
+        try:
+            system.grow_root()
+        except OSError as exc:
+            print(f"agent: cannot grow the root file system: {exc}", file=sys.stderr, flush=True)  # noqa: T201
+    if not os.geteuid():
+        system.be_first()
+    if "fd" in options:
+        fd, transport = int(options["fd"]), "socket"
+    else:
+        fd, transport = os.open(system.find_port(options["port"]), os.O_RDWR | os.O_NONBLOCK), "virtio-serial"
+    Agent(loop, fd, owner, transport=transport)
+    if "heartbeat" in options:
+        try:
+            Heartbeat(loop, system.open_serial(options["heartbeat"]))
+        except OSError as exc:
+            print(f"agent: no heartbeat: {exc}", file=sys.stderr, flush=True)  # noqa: T201
+    while True:
+        loop.step()
+
+
+if __name__ == "__main__":
+    main()

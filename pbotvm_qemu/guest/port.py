@@ -1,0 +1,125 @@
+"""The agent's end of a channel: frames in, frames out, and a brake when the host reads slowly."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from typing import TYPE_CHECKING
+
+from . import wire
+from .loop import READ, WRITE
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from .loop import Loop
+
+_FULL = 256 * 1024  # bytes waiting above which nobody should add data
+_ABSENT = 0.1  # seconds between looks whether the host came back
+
+
+class Port:
+    """One open descriptor that carries frames.
+
+    `on_frame` gets every frame; `on_room` is called when data may be added again; `on_lost` when the stream cannot be
+    used any more: the host went away, or framing was lost.
+    """
+
+    def __init__(
+        self,
+        loop: Loop,
+        fd: int,
+        *,
+        on_frame: Callable[[wire.Frame], None],
+        on_room: Callable[[], None],
+        on_lost: Callable[[str], None],
+    ) -> None:
+        self._loop = loop
+        self._fd = fd
+        self._on_frame = on_frame
+        self._on_room = on_room
+        self._on_lost = on_lost
+        self._decoder = wire.Decoder()
+        self._urgent: deque[bytes] = deque()
+        self._queue: deque[bytes] = deque()
+        self._partial: memoryview | None = None
+        self._waiting = 0
+        self._was_full = False
+        os.set_blocking(fd, False)
+        loop.watch(fd, READ, self._ready)
+
+    @property
+    def full(self) -> bool:
+        """Whether the host reads too slowly to take more data now."""
+        if self._waiting >= _FULL:
+            self._was_full = True
+            return True
+        return False
+
+    def send(self, frame: bytes, *, urgent: bool = False) -> None:
+        """Queue one encoded frame; an urgent one overtakes data that is not yet under way."""
+        (self._urgent if urgent else self._queue).append(frame)
+        self._waiting += len(frame)
+        self._flush()
+
+    def _ready(self, events: int) -> None:
+        if events & WRITE:
+            self._flush()
+        if events & READ:
+            self._receive()
+
+    def _receive(self) -> None:
+        try:
+            data = os.read(self._fd, 1 << 16)
+        except BlockingIOError:
+            return
+        except OSError as exc:
+            self._lost(f"read: {exc.strerror}")
+            return
+        if not data:
+            self._lost("the host closed the channel")
+            return
+        try:
+            frames = self._decoder.feed(data)
+        except wire.WireError as exc:
+            self._lost(str(exc))
+            return
+        for frame in frames:
+            self._on_frame(frame)
+
+    def _flush(self) -> None:
+        while True:
+            if self._partial is None:
+                if self._urgent:
+                    self._partial = memoryview(self._urgent.popleft())
+                elif self._queue:
+                    self._partial = memoryview(self._queue.popleft())
+                else:
+                    break
+            try:
+                written = os.write(self._fd, self._partial)
+            except BlockingIOError:
+                break
+            except OSError as exc:
+                self._lost(f"write: {exc.strerror}")
+                return
+            self._waiting -= written
+            self._partial = self._partial[written:] if written < len(self._partial) else None
+        self._loop.watch(self._fd, READ | (WRITE if self._partial is not None else 0), self._ready)
+        if self._was_full and self._waiting < _FULL // 2:
+            self._was_full = False
+            self._on_room()
+
+    def _lost(self, why: str) -> None:
+        """Forget everything under way, and look again for a host a little later.
+
+        A port without a host reports "hung up" for ever, so it is not watched meanwhile.
+        """
+        self._decoder = wire.Decoder()
+        self._urgent.clear()
+        self._queue.clear()
+        self._partial = None
+        self._waiting = 0
+        self._loop.watch(self._fd, 0, self._ready)
+        self._loop.after(_ABSENT, lambda: self._loop.watch(self._fd, READ, self._ready))
+        self._on_lost(why)

@@ -1,0 +1,515 @@
+"""One run: its directory, its processes, its streams, its end."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import resource
+import signal
+import stat
+import time
+from collections import deque
+from enum import Enum, auto
+from typing import TYPE_CHECKING, NoReturn
+
+from . import system, wire
+from .loop import READ, WRITE
+from .wire import FrameType
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from .loop import Loop, Timer
+    from .port import Port
+    from .spec import RunSpec
+
+_PIPE = 256 * 1024  # bytes a program can write ahead of us
+_DRAIN = 2.0  # seconds for output to end after every process was killed
+_PATH = "/usr/local/bin:/usr/bin:/bin:/usr/local/sbin:/usr/sbin:/sbin"
+
+
+class Owner:
+    """Who runs programs, and where. `uid` None: as ourselves (tests on the host)."""
+
+    def __init__(self, home: str, name: str, uid: int | None, gid: int | None, *, cgroups: bool) -> None:
+        self.home = home
+        self.name = name
+        self.uid = uid
+        self.gid = gid
+        self.cgroups = cgroups
+
+
+class _Stage(Enum):
+    RECEIVING = auto()  # files of the request
+    RUNNING = auto()
+    DRAINING = auto()  # killed; the pipes may hold output
+    COLLECTING = auto()  # sending files that were asked for
+    DONE = auto()
+
+
+class Run:
+    """Follows one `run` frame to its `exit` frame. Call `close` to forget it without an answer."""
+
+    def __init__(
+        self, loop: Loop, port: Port, id_: int, spec: RunSpec, owner: Owner, on_done: Callable[[int], None]
+    ) -> None:
+        self._loop = loop
+        self._port = port
+        self._id = id_
+        self._spec = spec
+        self._owner = owner
+        self._on_done = on_done
+        self._stage = _Stage.RECEIVING
+        self._directory = f"{owner.home}/{id_}"
+        self._pending_files = deque(spec.files)
+        self._file = -1
+        self._file_left = 0
+        self._cgroup: system.Cgroup | None = None
+        self._pid = 0
+        self._pidfd = -1
+        self._exec_error = -1
+        self._step = 0
+        self._stdin = -1
+        self._stdin_queue: deque[bytes] = deque()
+        self._stdin_end = False
+        self._stdin_room = wire.STDIN_WINDOW
+        self._outputs: dict[int, FrameType] = {}
+        self._paused = False
+        self._room = wire.OUTPUT_WINDOW
+        self._sent = 0
+        self._sending: deque[tuple[str, int, int]] = deque()
+        self._status: int | None = None
+        self._signal: int | None = None
+        self._limit: str | None = None
+        self._cancelled = False
+        self._truncated = False
+        self._message = ""
+        self._started = time.monotonic()
+        self._ended = 0.0
+        self._timer: Timer | None = None
+        system.remove_tree(self._directory)
+        os.mkdir(self._directory, 0o700)
+        self._give(self._directory)
+        if owner.cgroups:
+            memory = spec.limits.memory or max(system.memory_total() - system.RESERVE, 16 << 20)
+            self._cgroup = system.Cgroup(f"run-{id_}", memory=memory, processes=spec.limits.processes)
+        self._next_file()
+
+    @property
+    def done(self) -> bool:
+        """Whether its last frame is sent."""
+        return self._stage is _Stage.DONE
+
+    # Frames from the host -------------------------------------------------------------------------------------------
+
+    def data(self, payload: bytes) -> None:
+        """Take bytes of the files that `run` announced. Raises WireError for more than was announced."""
+        if self._stage is _Stage.DONE:
+            return
+        if self._stage is not _Stage.RECEIVING or len(payload) > self._file_left + sum(f.size for f in self._pending_files):
+            raise wire.WireError("more file data than the run frame announced")
+        view = memoryview(payload)
+        while view:
+            piece = view[: self._file_left]
+            if not self._message:
+                try:
+                    os.write(self._file, piece)
+                except OSError as exc:  # disk full: said in the exit frame, the rest is swallowed
+                    self._message = f"cannot store the program: {exc.strerror}"
+            self._file_left -= len(piece)
+            view = view[len(piece) :]
+            if not self._file_left:
+                self._next_file()
+
+    def stdin(self, payload: bytes) -> None:
+        """Take input; an empty payload ends it. Raises WireError when the host sends more than it may."""
+        if not payload:
+            self._stdin_end = True
+        else:
+            self._stdin_room -= len(payload)
+            if self._stdin_room < 0:
+                raise wire.WireError("more input than the credit allows")
+            self._stdin_queue.append(payload)
+        self._feed(0)
+
+    def credit(self, count: int) -> None:
+        """Let the program print `count` bytes more."""
+        self._room = min(self._room + count, 16 * wire.OUTPUT_WINDOW)
+        self.resume()
+
+    def signal(self, number: int) -> None:
+        """Send a signal to the program. One that has ended takes no harm."""
+        if self._pid and self._pidfd >= 0 and 0 < number < signal.NSIG:
+            with contextlib.suppress(OSError):
+                signal.pidfd_send_signal(self._pidfd, number)
+
+    def cancel(self) -> None:
+        """Kill it; its `exit` frame follows."""
+        if self._stage in (_Stage.RECEIVING, _Stage.RUNNING):
+            self._cancelled = True
+            self._finish()
+
+    def resume(self) -> None:
+        """Go on sending after the port or the host's credit had run out."""
+        if self._paused and not self._port.full and self._room > 0:
+            self._paused = False
+            for fd in self._outputs:
+                self._loop.watch(fd, READ, lambda _events, fd=fd: self._output(fd))  # type: ignore[misc]
+        if self._stage is _Stage.COLLECTING:
+            self._send_files()
+
+    def close(self) -> None:
+        """End without an answer: nobody listens any more."""
+        if self._stage is not _Stage.DONE:
+            self._kill()
+            self._clean_up()
+
+    # Files -------------------------------------------------------------------------------------------------------------
+
+    def _give(self, path: str) -> None:
+        if self._owner.uid is not None and self._owner.gid is not None:
+            os.chown(path, self._owner.uid, self._owner.gid)
+
+    def _next_file(self) -> None:
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+        while self._pending_files:
+            file = self._pending_files.popleft()
+            path = f"{self._directory}/{file.name}"
+            self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+            self._give(path)
+            self._file_left = file.size
+            if self._file_left:
+                return
+            os.close(self._file)
+            self._file = -1
+        self._begin()
+
+    def _begin(self) -> None:
+        self._stage = _Stage.RUNNING
+        self._started = time.monotonic()
+        if self._message:
+            self._finish()
+            return
+        self._timer = self._loop.after(self._spec.limits.wall, lambda: self._reach("wall"))
+        self._spawn()
+
+    # Processes ---------------------------------------------------------------------------------------------------------
+
+    def _spawn(self) -> None:
+        argv = self._spec.steps[self._step]
+        last = self._step == len(self._spec.steps) - 1
+        stdout, stdout_child = os.pipe()
+        stderr, stderr_child = os.pipe()
+        error, error_child = os.pipe()
+        if last and self._spec.stdin:
+            stdin_child, self._stdin = os.pipe()
+            os.set_blocking(self._stdin, False)
+        else:
+            stdin_child = os.open("/dev/null", os.O_RDONLY)
+        pid = os.fork()
+        if not pid:
+            self._become(argv, stdin_child, stdout_child, stderr_child, error_child)
+        for fd in (stdin_child, stdout_child, stderr_child, error_child):
+            os.close(fd)
+        self._pid = pid
+        self._pidfd = os.pidfd_open(pid)
+        self._exec_error = error
+        self._loop.watch(self._pidfd, READ, lambda _events: self._reap())
+        for fd, type_ in ((stdout, FrameType.STDOUT), (stderr, FrameType.STDERR)):
+            os.set_blocking(fd, False)
+            self._outputs[fd] = type_ if last else FrameType.STDERR  # a compiler's words are no program output
+        self._paused = True
+        self.resume()
+        self._feed(0)
+
+    def _become(self, argv: tuple[str, ...], stdin: int, stdout: int, stderr: int, error: int) -> NoReturn:
+        """Turn this forked child into the program. Never returns."""
+        what = "prepare"
+        try:
+            os.setsid()
+            if self._cgroup:
+                os.write(self._cgroup.procs, b"0")
+            for fd, standard in ((stdin, 0), (stdout, 1), (stderr, 2)):
+                os.dup2(fd, standard)
+            limits = self._spec.limits
+            cpu = math.ceil(limits.cpu or limits.wall)
+            resource.setrlimit(resource.RLIMIT_CPU, (cpu, cpu + 1))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limits.file_size, limits.file_size))
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+            if self._owner.uid is not None and self._owner.gid is not None:
+                os.setgroups([])
+                os.setresgid(self._owner.gid, self._owner.gid, self._owner.gid)
+                os.setresuid(self._owner.uid, self._owner.uid, self._owner.uid)
+            os.chdir(self._directory)
+            os.umask(0o022)
+            for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them, programs expect to die of them
+                signal.signal(number, signal.SIG_DFL)
+            what = argv[0]
+            os.execvpe(argv[0], argv, self._environment())
+        except BaseException as exc:  # noqa: BLE001 - whatever it is, a copy of the agent must not go on
+            text = exc.strerror if isinstance(exc, OSError) else type(exc).__name__
+            with contextlib.suppress(OSError):
+                os.write(error, f"{what}: {text}".encode()[:500])
+        finally:
+            os._exit(127)
+
+    def _environment(self) -> dict[str, str]:
+        return {
+            "PATH": _PATH,
+            "HOME": self._directory,
+            "USER": self._owner.name,
+            "LOGNAME": self._owner.name,
+            "SHELL": "/bin/sh",
+            "LANG": "C.UTF-8",
+            "TERM": "dumb",
+            "TMPDIR": "/tmp",  # noqa: S108 - a tmpfs of this guest
+            "ASAN_OPTIONS": "detect_leaks=0",
+            **self._spec.env,
+        }
+
+    def _reap(self) -> None:
+        _pid, status = os.waitpid(self._pid, 0)
+        self._loop.watch(self._pidfd, 0, lambda _events: None)
+        os.close(self._pidfd)
+        self._pidfd = -1
+        error = os.read(self._exec_error, 512)
+        os.close(self._exec_error)
+        self._exec_error = -1
+        if self._stage is not _Stage.RUNNING:
+            return
+        if error:
+            self._message = f"cannot be started: {error.decode('utf-8', 'replace')}"
+        if os.WIFSIGNALED(status):
+            self._signal = os.WTERMSIG(status)
+        else:
+            self._status = os.WEXITSTATUS(status)
+        self._finish()
+
+    def _reach(self, limit: str) -> None:
+        """End the run because it reached a limit."""
+        if self._stage is _Stage.RUNNING:
+            self._limit = limit
+            self._finish()
+
+    def _kill(self) -> None:
+        if self._cgroup:
+            with contextlib.suppress(OSError):
+                self._cgroup.kill()
+        elif self._pid:
+            with contextlib.suppress(OSError):
+                os.killpg(self._pid, signal.SIGKILL)
+
+    def _finish(self) -> None:
+        """The program ended or must end: kill what is left of it, and send what it still had to say."""
+        self._stage = _Stage.DRAINING
+        self._ended = time.monotonic()
+        if self._timer:
+            self._timer.cancel()
+        self._kill()
+        self._close_stdin()
+        self._timer = self._loop.after(_DRAIN, self._drained)
+        if not self._outputs:
+            self._drained()
+
+    # Streams -----------------------------------------------------------------------------------------------------------
+
+    def _output(self, fd: int) -> None:
+        if self._port.full or self._room <= 0:
+            self._paused = True
+            for other in self._outputs:
+                self._loop.watch(other, 0, lambda _events: None)
+            return
+        try:
+            data = os.read(fd, wire.CHUNK)
+        except BlockingIOError:
+            return
+        if not data:
+            self._close_output(fd)
+            if not self._outputs and self._stage is _Stage.DRAINING:
+                self._drained()
+            return
+        left = self._spec.limits.output - self._sent
+        if len(data) > left:
+            self._truncated = True
+            data = data[:left]
+            self._reach("output")
+        if data:
+            self._sent += len(data)
+            self._room -= len(data)
+            if self._stage is _Stage.DRAINING and self._timer:  # the host is reading: it gets its time anew
+                self._timer.cancel()
+                self._timer = self._loop.after(_DRAIN, self._drained)
+            self._port.send(wire.encode(self._outputs[fd], self._id, data))
+
+    def _close_output(self, fd: int) -> None:
+        self._loop.watch(fd, 0, lambda _events: None)
+        os.close(fd)
+        del self._outputs[fd]
+
+    def _feed(self, _events: int) -> None:
+        """Write input to the program as far as its pipe takes it, and give the host credit for it."""
+        done = 0
+        if self._stdin < 0 and self._stage is not _Stage.RECEIVING and not self._building:
+            done = sum(len(piece) for piece in self._stdin_queue)  # it does not read (any more): swallow
+            self._stdin_queue.clear()
+        while self._stdin >= 0 and self._stdin_queue:
+            piece = self._stdin_queue.popleft()
+            try:
+                written = os.write(self._stdin, piece)
+            except BlockingIOError:
+                self._stdin_queue.appendleft(piece)
+                break
+            except OSError:  # EPIPE: the program closed its input
+                done += len(piece)
+                self._close_stdin()
+                break
+            done += written
+            if written < len(piece):
+                self._stdin_queue.appendleft(piece[written:])
+        if self._stdin >= 0:
+            if not self._stdin_queue and self._stdin_end:
+                self._close_stdin()
+            else:
+                self._loop.watch(self._stdin, WRITE if self._stdin_queue else 0, self._feed)
+        if done and self._stage is not _Stage.DONE:
+            self._stdin_room += done
+            self._port.send(wire.encode_credit(self._id, done), urgent=True)
+
+    @property
+    def _building(self) -> bool:
+        return self._stage is _Stage.RUNNING and self._step < len(self._spec.steps) - 1
+
+    def _close_stdin(self) -> None:
+        if self._stdin >= 0:
+            self._loop.watch(self._stdin, 0, lambda _events: None)
+            os.close(self._stdin)
+            self._stdin = -1
+
+    # The end -----------------------------------------------------------------------------------------------------------
+
+    def _drained(self) -> None:
+        """All output is sent (or will not come): next step, or files and the exit frame."""
+        if self._stage is not _Stage.DRAINING:
+            return
+        if self._timer:
+            self._timer.cancel()
+        for fd in list(self._outputs):
+            self._truncated = True  # held open by something that we could not kill
+            self._close_output(fd)
+        built = self._status == 0 and not self._limit and not self._cancelled and not self._message
+        if built and self._step < len(self._spec.steps) - 1:
+            self._step += 1
+            self._stage = _Stage.RUNNING
+            self._status = None
+            left = self._spec.limits.wall - (time.monotonic() - self._started)
+            self._timer = self._loop.after(max(0.0, left), lambda: self._reach("wall"))
+            self._spawn()
+            return
+        self._stage = _Stage.COLLECTING
+        for name in self._spec.collect:
+            self._announce(name)
+        self._send_files()
+
+    def _announce(self, name: str) -> None:
+        """Open a file that the caller wants and queue it; what is no plain file is named as missing."""
+        try:
+            fd = self._open_as_owner(f"{self._directory}/{name}")
+            found = os.fstat(fd)
+            if not stat.S_ISREG(found.st_mode):
+                os.close(fd)
+                raise OSError(0, "not a regular file")
+            if found.st_size > wire.FILES_BYTES_MAX:
+                os.close(fd)
+                raise OSError(0, f"larger than {wire.FILES_BYTES_MAX} bytes")
+        except OSError as exc:
+            self._port.send(wire.encode_json(FrameType.FILE, self._id, {"name": name, "error": exc.strerror}))
+        else:
+            self._sending.append((name, fd, found.st_size))
+
+    def _open_as_owner(self, path: str) -> int:
+        """Open for reading with the rights of the program, so that it cannot have us read for it."""
+        if self._owner.uid is None:
+            return os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        os.seteuid(self._owner.uid)
+        try:
+            return os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        finally:
+            os.seteuid(0)
+
+    def _send_files(self) -> None:
+        while self._sending:
+            name, fd, left = self._sending[0]
+            if self._file != fd:
+                self._file = fd
+                self._port.send(wire.encode_json(FrameType.FILE, self._id, {"name": name, "size": left}))
+            while left:
+                if self._port.full or self._room <= 0:
+                    self._sending[0] = (name, fd, left)
+                    return
+                # Everything that could change the file is dead; a shorter read is padded, so that framing holds.
+                data = os.read(fd, min(left, wire.CHUNK)) or bytes(min(left, wire.CHUNK))
+                left -= len(data)
+                self._room -= len(data)
+                self._port.send(wire.encode(FrameType.DATA, self._id, data))
+            os.close(fd)
+            self._file = -1
+            self._sending.popleft()
+        self._answer()
+
+    def _answer(self) -> None:
+        cgroup = self._cgroup
+        limit = self._limit
+        if not limit and cgroup and cgroup.oom_kills():
+            limit = "memory"
+        if not limit and self._signal in (signal.SIGXCPU, signal.SIGXFSZ):
+            limit = "cpu" if self._signal == signal.SIGXCPU else "file_size"
+        if not limit and self._status != 0 and cgroup and cgroup.fork_refusals():
+            limit = "processes"
+        if self._limit or self._cancelled:
+            self._status, self._signal = None, int(signal.SIGKILL)
+        answer: dict[str, object] = {
+            "status": self._status,
+            "signal": self._signal,
+            "timed_out": limit == "wall",
+            "cancelled": self._cancelled,
+            "truncated": self._truncated,
+            "limit": limit,
+            "stage": "run" if self._step == len(self._spec.steps) - 1 else "build",
+            "message": self._message,
+            "wall_s": round(self._ended - self._started, 4),
+            "cpu_s": round(cgroup.cpu_seconds(), 4) if cgroup else None,
+            "memory_peak": cgroup.memory_peak() if cgroup else None,
+        }
+        port, id_ = self._port, self._id
+        port.send(wire.encode_json(FrameType.EXIT, id_, answer))
+        self._clean_up()
+
+    def _clean_up(self) -> None:
+        self._stage = _Stage.DONE
+        if self._timer:
+            self._timer.cancel()
+        self._close_stdin()
+        for fd in list(self._outputs):
+            self._close_output(fd)
+        for _name, fd, _left in self._sending:
+            os.close(fd)
+            if self._file == fd:
+                self._file = -1
+        self._sending.clear()
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+        self._remove()
+        self._on_done(self._id)
+
+    def _remove(self, tries: int = 100) -> None:
+        """Remove group and directory; the kernel needs a moment until killed processes are out of the group."""
+        gone = self._cgroup is None or self._cgroup.remove()
+        if self._pidfd >= 0 or not gone:
+            if tries:
+                self._loop.after(0.02, lambda: self._remove(tries - 1))
+                return
+        system.remove_tree(self._directory)

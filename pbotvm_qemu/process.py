@@ -1,0 +1,207 @@
+"""The only door to subprocesses, and the only importer of psutil.
+
+No shell, standard input from nowhere, bounded output, a deadline on every wait.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import signal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import psutil
+
+from pbotvm_qemu.errors import CommandError, HostError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
+
+OUTPUT_MAX = 4 << 20  # bytes kept of each stream of a helper program
+_GRACE = 5.0  # seconds between SIGTERM and SIGKILL
+
+
+def find_program(name: str, *, package: str) -> str:
+    """Return the absolute path of the program `name`, also looking where root's programs live.
+
+    Raises HostError that names the Debian `package` when there is none.
+    """
+    path = os.environ.get("PATH", "") + os.pathsep + "/usr/sbin:/sbin:/usr/bin:/bin"
+    found = shutil.which(name, path=path)
+    if not found:
+        raise HostError(f"the program {name} is not installed", hint=f"apt-get install {package}")
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Completed:
+    """A program that ended: its status (negative for a signal) and the end of what it printed."""
+
+    argv: tuple[str, ...]
+    status: int
+    stdout: bytes
+    stderr: bytes
+
+    def check(self, *, hint: str | None = None) -> Completed:
+        """Return self, or raise CommandError when the status is not 0."""
+        if self.status:
+            how = f"killed by signal {-self.status}" if self.status < 0 else f"exit status {self.status}"
+            raise CommandError(self.argv, how, self.stderr, hint=hint)
+        return self
+
+
+async def run(
+    argv: Sequence[str],
+    *,
+    timeout: float = 60.0,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    on_line: Callable[[str], None] | None = None,
+) -> Completed:
+    """Run `argv` to its end and return what happened; `on_line` sees each line of stderr as it comes.
+
+    Raises CommandError when it cannot be started or takes longer than `timeout` seconds; on that, and when the caller
+    is cancelled, the program and what it started are gone before this returns.
+    """
+    try:
+        child = await asyncio.create_subprocess_exec(
+            *argv,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            env=dict(env) if env is not None else None,
+            cwd=cwd,
+            start_new_session=True,
+        )
+    except OSError as exc:
+        raise CommandError(argv, f"cannot be started: {exc.strerror}", hint=f"check {argv[0]}") from exc
+    assert child.stdout
+    assert child.stderr
+    readers = [
+        asyncio.create_task(_read(child.stdout, None)),
+        asyncio.create_task(_read(child.stderr, on_line)),
+    ]
+    try:
+        async with asyncio.timeout(timeout):
+            stdout, stderr = await asyncio.gather(*readers)
+            status = await child.wait()
+    except TimeoutError as exc:
+        raise CommandError(argv, f"not finished after {timeout:.0f} s", hint="try again on a quieter host") from exc
+    finally:
+        await _end(child)
+        for reader in readers:
+            reader.cancel()
+        await asyncio.gather(*readers, return_exceptions=True)
+    return Completed(tuple(argv), status, stdout, stderr)
+
+
+async def _read(stream: asyncio.StreamReader, on_line: Callable[[str], None] | None) -> bytes:
+    """Read to the end, keep the last OUTPUT_MAX bytes."""
+    kept = bytearray()
+    unfinished = b""
+    while chunk := await stream.read(1 << 16):
+        kept += chunk
+        del kept[: max(0, len(kept) - OUTPUT_MAX)]
+        if on_line:
+            *lines, unfinished = (unfinished + chunk).split(b"\n")
+            unfinished = unfinished[-4096:]
+            for line in lines:
+                on_line(line.decode("utf-8", "replace"))
+    return bytes(kept)
+
+
+async def _end(child: asyncio.subprocess.Process) -> None:
+    """Make sure that the child's whole session is gone: SIGTERM lets it clean up, SIGKILL ends the argument."""
+    for number, grace in ((signal.SIGTERM, _GRACE), (signal.SIGKILL, _GRACE)):
+        if child.returncode is not None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, number)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(child.wait(), grace)
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """A process that cannot be mistaken for a later one with the same pid."""
+
+    pid: int
+    started: float  # seconds since the epoch, as the kernel tells it through psutil
+
+    @staticmethod
+    def of(pid: int) -> Identity | None:
+        """Return the identity of the live process `pid`, or None."""
+        try:
+            process = psutil.Process(pid)
+            if process.status() == psutil.STATUS_ZOMBIE:
+                return None
+            return Identity(pid, process.create_time())
+        except (psutil.NoSuchProcess, psutil.AccessDenied, ValueError):
+            return None
+
+    def alive(self) -> bool:
+        """Tell whether this very process still runs (a zombie does not)."""
+        now = Identity.of(self.pid)
+        return now is not None and abs(now.started - self.started) < 0.02  # noqa: PLR2004 - one clock tick is 0.01 s
+
+    def kill(self) -> bool:
+        """Send SIGKILL when this very process still runs; tell whether it was sent."""
+        if not self.alive():
+            return False
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(self.pid, signal.SIGKILL)
+            return True
+        return False
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What a process uses now."""
+
+    cpu_s: float
+    rss: int  # bytes
+    pss: int  # bytes, shared pages counted by share; 0 where the kernel does not tell
+
+
+def usage(pid: int) -> Usage | None:
+    """Return what process `pid` uses, or None when it is gone."""
+    try:
+        process = psutil.Process(pid)
+        times = process.cpu_times()
+        rss = process.memory_info().rss
+        try:
+            pss = process.memory_full_info().pss
+        except psutil.AccessDenied:
+            pss = 0
+        return Usage(times.user + times.system, rss, pss)
+    except psutil.NoSuchProcess:
+        return None
+
+
+def find_processes(marker: str) -> list[Identity]:
+    """Return the live processes that have `marker` as one of their arguments."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        if marker in (process.info["cmdline"] or ()) and (identity := Identity.of(process.pid)):
+            found.append(identity)
+    return found
+
+
+def memory_available() -> int:
+    """Return the bytes of host memory that new processes can have without swapping."""
+    return int(psutil.virtual_memory().available)
+
+
+def listening_pid(port: int) -> int | None:
+    """Return the pid of who listens on TCP `port` of this host, where we may see it."""
+    try:
+        for connection in psutil.net_connections("tcp"):
+            if connection.status == psutil.CONN_LISTEN and connection.laddr and connection.laddr.port == port:
+                return connection.pid
+    except psutil.AccessDenied:
+        return None
+    return None

@@ -54,7 +54,9 @@ def private(directory: Path, *, mode: int = 0o700) -> Path:
     Raises HostError when it cannot be made, or belongs to somebody else.
     """
     try:
-        directory.mkdir(parents=True, exist_ok=True, mode=mode)
+        if not directory.is_dir():
+            directory.mkdir(parents=True, exist_ok=True)
+            directory.chmod(mode)  # whatever the umask says
         owner = directory.stat().st_uid
     except OSError as exc:
         raise HostError(f"cannot make {directory}: {exc.strerror}", hint="check its parent's owner and free space") from exc
@@ -161,8 +163,8 @@ class MachinePaths:
 
     @property
     def console_socket(self) -> Path:
-        """QEMU's end of the guest's serial console."""
-        return self._socket("console.sock")
+        """QEMU's end of the guest's serial console, in a folder that belongs to QEMU's user."""
+        return self._socket("qemu/console.sock")
 
     def _socket(self, name: str) -> Path:
         path = self.runtime / name

@@ -205,3 +205,56 @@ def listening_pid(port: int) -> int | None:
     except psutil.AccessDenied:
         return None
     return None
+
+
+class Child:
+    """A long-lived program that we started and own. Made by `Child.start`."""
+
+    def __init__(self, argv: Sequence[str], child: asyncio.subprocess.Process) -> None:
+        self.argv = tuple(argv)
+        self._child = child
+        self._exited = asyncio.create_task(child.wait())
+
+    @classmethod
+    async def start(cls, argv: Sequence[str], *, pass_fds: Sequence[int], log: int) -> Child:
+        """Start `argv` in a session of its own; descriptors `pass_fds` keep their numbers, all output goes to `log`.
+
+        Raises CommandError when it cannot be started.
+        """
+        try:
+            child = await asyncio.create_subprocess_exec(
+                *argv, stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=pass_fds, start_new_session=True
+            )
+        except OSError as exc:
+            raise CommandError(argv, f"cannot be started: {exc.strerror}", hint=f"check {argv[0]}") from exc
+        return cls(argv, child)
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._child.pid
+
+    @property
+    def status(self) -> int | None:
+        """Its exit status (negative for a signal), or None while it runs."""
+        return self._child.returncode
+
+    async def wait(self, timeout: float) -> bool:
+        """Wait up to `timeout` seconds for its end; tell whether it came."""
+        done, _ = await asyncio.wait({self._exited}, timeout=timeout)
+        return bool(done)
+
+    @property
+    def exited(self) -> asyncio.Task[int]:
+        """Done when the program has ended. Do not cancel it."""
+        return self._exited
+
+    def send(self, number: signal.Signals) -> None:
+        """Send it a signal; nothing happens when it has ended."""
+        with contextlib.suppress(ProcessLookupError):
+            self._child.send_signal(number)
+
+    async def kill(self) -> None:
+        """Kill it, and wait until the kernel has taken it away."""
+        self.send(signal.SIGKILL)
+        await self.wait(_GRACE)

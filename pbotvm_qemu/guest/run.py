@@ -135,7 +135,7 @@ class Run:
 
     def credit(self, count: int) -> None:
         """Let the program print `count` bytes more."""
-        self._room = min(self._room + count, 16 * wire.OUTPUT_WINDOW)
+        self._room = min(self._room + count, wire.OUTPUT_WINDOW)
         self.resume()
 
     def signal(self, number: int) -> None:
@@ -338,7 +338,7 @@ class Run:
             self._reach("output")
         if data:
             self._sent += len(data)
-            self._room -= len(data)
+            self._room -= wire.cost(data)
             if self._stage is _Stage.DRAINING and self._timer:  # the host is reading: it gets its time anew
                 self._timer.cancel()
                 self._timer = self._loop.after(_DRAIN, self._drained)
@@ -452,7 +452,7 @@ class Run:
                 # Everything that could change the file is dead; a shorter read is padded, so that framing holds.
                 data = os.read(fd, min(left, wire.CHUNK)) or bytes(min(left, wire.CHUNK))
                 left -= len(data)
-                self._room -= len(data)
+                self._room -= wire.cost(data)
                 self._port.send(wire.encode(FrameType.DATA, self._id, data))
             os.close(fd)
             self._file = -1

@@ -29,6 +29,9 @@ CHUNK = 32 * 1024 - HEADER.size  # bytes of data per frame: with its header, wha
 STDIN_WINDOW = 256 * 1024
 OUTPUT_WINDOW = 1024 * 1024
 
+# What a frame counts beside its payload: one-byte writes must not make a million frames out of a window.
+FRAME_COST = 64
+
 FILES_MAX = 64
 FILES_BYTES_MAX = 256 << 20  # sources and files of one run together
 RUNS_MAX = 64  # at once in one guest
@@ -85,6 +88,11 @@ def encode_json(type_: int, id_: int, value: dict[str, object]) -> bytes:
 def encode_credit(id_: int, count: int) -> bytes:
     """Return the bytes of a frame that lets the peer send `count` bytes more."""
     return encode(FrameType.CREDIT, id_, struct.pack("!I", count))
+
+
+def cost(payload: bytes) -> int:
+    """Return how much of the output window a frame with `payload` takes. Both ends count alike."""
+    return len(payload) + FRAME_COST
 
 
 def credit(frame: Frame) -> int:

@@ -1,0 +1,224 @@
+"""What outlives a process: records of machines, who runs them, and locks. Atomic writes; a pid alone is no identity."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import time
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Literal
+
+from pbotvm_qemu import config, paths, process
+from pbotvm_qemu.errors import ConfigError, StateError
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+    from pathlib import Path
+
+_VERSION = 1
+_POLL = 0.05  # seconds between two looks at a lock: flock has no deadline
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MachineRecord:
+    """What `create` decided about a machine, and what its snapshot was made with."""
+
+    name: str
+    uuid: str
+    created: int  # seconds since the epoch
+    state: Literal["creating", "ready"]
+    machine: config.MachineConfig
+    image: str
+    languages: tuple[str, ...]
+    accelerator: Literal["kvm", "tcg"]
+    qemu: str  # path of the QEMU program
+    fingerprint: dict[str, str]  # what must be the same for the snapshot to be used, by name
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessRecord:
+    """Who runs a machine now."""
+
+    keeper: process.Identity
+    qemu: process.Identity | None
+    purpose: str  # "run", "start", "exec" or "create"
+    relay: str  # HOST:PORT that PBot clients reach, or empty
+
+
+def write_atomic(file: Path, text: str, *, mode: int = 0o600) -> None:
+    """Replace the content of `file`; whoever reads it sees the old text or the new one, also after a crash."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+        with os.fdopen(fd, "w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(file)
+    except OSError as exc:
+        temporary.unlink(missing_ok=True)
+        raise StateError(f"cannot write {file}: {exc.strerror}", hint="check its folder's owner and free space") from exc
+
+
+def save(record: MachineRecord) -> None:
+    """Store `record`. Raises StateError when it cannot be written."""
+    write_atomic(paths.MachinePaths(record.name).record, json.dumps({"version": _VERSION, **asdict(record)}, indent=1))
+
+
+def load(name: str) -> MachineRecord:
+    """Return the record of machine `name`.
+
+    Raises StateError when there is none, or it is damaged or of a later version.
+    """
+    file = paths.MachinePaths(config.machine_name(name)).record
+    try:
+        table = json.loads(file.read_text("utf-8"))
+    except FileNotFoundError:
+        known = ", ".join(names()) or "none yet"
+        raise StateError(
+            f"there is no machine {name!r} (there are: {known})", hint=f"make it with `pbotvm-qemu create {name}`"
+        ) from None
+    except (OSError, ValueError) as exc:
+        raise StateError(f"{file} is damaged: {exc}", hint=f"run `pbotvm-qemu create --force {name}`") from exc
+    return _parse(table, file, name)
+
+
+def _parse(table: object, file: Path, name: str) -> MachineRecord:
+    again = f"run `pbotvm-qemu create --force {name}`"
+    try:
+        assert isinstance(table, dict)
+        if table["version"] != _VERSION:
+            raise StateError(f"{file} is of version {table['version']}, this program reads {_VERSION}", hint=again)
+        machine = config.checked(config.MachineConfig(), "machine", dict(table["machine"]), str(file))
+        if table["state"] not in ("creating", "ready") or table["accelerator"] not in ("kvm", "tcg"):
+            raise StateError(f"{file} is damaged: unknown state or accelerator", hint=again)
+        if machine.name != name:
+            raise StateError(f"{file} belongs to machine {machine.name!r}", hint=again)
+        return MachineRecord(
+            name=name,
+            uuid=str(table["uuid"]),
+            created=int(table["created"]),
+            state=table["state"],
+            machine=machine,
+            image=str(table["image"]),
+            languages=tuple(map(str, table["languages"])),
+            accelerator=table["accelerator"],
+            qemu=str(table["qemu"]),
+            fingerprint={str(key): str(value) for key, value in table["fingerprint"].items()},
+        )
+    except (AssertionError, KeyError, TypeError, ValueError, AttributeError, ConfigError) as exc:
+        raise StateError(f"{file} is damaged: {type(exc).__name__}: {exc}", hint=again) from exc
+
+
+def names() -> list[str]:
+    """Return the names of all machines, finished or not."""
+    folder = paths.data_dir() / "machines"
+    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir()) if folder.is_dir() else []
+
+
+def ready(name: str) -> MachineRecord:
+    """Return the record of a machine that `create` has finished. Raises StateError otherwise."""
+    record = load(name)
+    if record.state != "ready":
+        raise StateError(f"machine {name!r} was never finished", hint=f"run `pbotvm-qemu create {name}` again")
+    return record
+
+
+def remove(name: str) -> None:
+    """Delete everything about machine `name`. The caller holds its lock."""
+    machine = paths.MachinePaths(config.machine_name(name))
+    for folder in (machine.directory, machine.runtime):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def set_process(name: str, record: ProcessRecord) -> None:
+    """Say who runs machine `name` now."""
+    write_atomic(paths.MachinePaths(name).process_record, json.dumps(asdict(record)))
+
+
+def clear_process(name: str) -> None:
+    """Say that nobody runs machine `name` any more."""
+    machine = paths.MachinePaths(name)
+    for file in (machine.process_record, machine.control_socket, machine.console_socket):
+        file.unlink(missing_ok=True)
+
+
+def get_process(name: str) -> ProcessRecord | None:
+    """Return who runs, or ran until a crash, machine `name`; None when it was ended in order."""
+    try:
+        table = json.loads(paths.MachinePaths(name).process_record.read_text("utf-8"))
+        qemu = table["qemu"]
+        return ProcessRecord(
+            keeper=process.Identity(int(table["keeper"]["pid"]), float(table["keeper"]["started"])),
+            qemu=process.Identity(int(qemu["pid"]), float(qemu["started"])) if qemu else None,
+            purpose=str(table["purpose"]),
+            relay=str(table["relay"]),
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def running(name: str) -> ProcessRecord | None:
+    """Return who runs machine `name` now, or None."""
+    record = get_process(name)
+    return record if record and record.keeper.alive() else None
+
+
+@contextlib.asynccontextmanager
+async def lock(
+    name: str, *, purpose: str, wait: float = 0.0, on_wait: Callable[[str], None] | None = None
+) -> AsyncIterator[None]:
+    """Hold machine `name` alone while the body runs, and say so in its process record.
+
+    Waits up to `wait` seconds for whoever has it. Raises StateError that names the holder after that. A QEMU that a
+    killed holder left behind is killed first.
+    """
+    machine = paths.MachinePaths(config.machine_name(name))
+    for folder in (paths.runtime_dir(), machine.lock.parent, machine.runtime):
+        paths.private(folder, mode=0o711)
+    fd = os.open(machine.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        await _acquire(fd, name, wait, on_wait)
+        end_orphan(name)
+        me = process.Identity.of(os.getpid())
+        assert me
+        set_process(name, ProcessRecord(me, None, purpose, ""))
+        try:
+            yield
+        finally:
+            clear_process(name)
+    finally:
+        os.close(fd)
+
+
+async def _acquire(fd: int, name: str, wait: float, on_wait: Callable[[str], None] | None) -> None:
+    until = time.monotonic() + wait
+    told = False
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = running(name)
+            who = f"`pbotvm-qemu {holder.purpose}` (pid {holder.keeper.pid})" if holder else "another process"
+            if time.monotonic() >= until:
+                raise StateError(
+                    f"machine {name!r} is in use by {who}", hint="try again later, or stop it with `pbotvm-qemu stop`"
+                ) from None
+            if on_wait and not told:
+                told = True
+                on_wait(f"waiting for {who}, which uses machine {name!r}")
+            await asyncio.sleep(_POLL)
+        else:
+            return
+
+
+def end_orphan(name: str) -> process.Identity | None:
+    """Kill the QEMU of a holder that is gone; return what was killed. The caller holds the lock."""
+    record = get_process(name)
+    if record and record.qemu and record.qemu.kill():
+        return record.qemu
+    return None

@@ -13,10 +13,10 @@ import os
 import secrets
 import signal
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Literal
 
-from pbotvm_qemu.errors import GuestError, NeverRanError, RunLostError
+from pbotvm_qemu.errors import GuestError, NeverRanError, PbotVMError, RunLostError
 from pbotvm_qemu.guest import wire
 from pbotvm_qemu.guest.wire import FrameType
 
@@ -62,6 +62,11 @@ class Outcome:
     memory_peak: int | None  # bytes
     files: dict[str, bytes] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)  # collected files that were not there, and why
+    # Where and how it ran, said by the host.
+    queue_s: float = 0.0
+    transport: str = ""
+    clone: str = ""
+    revert: str = ""
 
     @property
     def exit_code(self) -> int:
@@ -71,6 +76,10 @@ class Outcome:
         if self.signal is not None:
             return 128 + self.signal
         return 126 if self.status is None else self.status
+
+    def to_json(self) -> dict[str, object]:
+        """Return the payload of an `exit` frame: everything but the files, which have frames of their own."""
+        return {item.name: getattr(self, item.name) for item in fields(self) if item.name not in ("files", "missing")}
 
     @property
     def signal_name(self) -> str | None:
@@ -133,7 +142,9 @@ class Channel:
             async with asyncio.timeout(timeout):
                 frame = await self._hello
         except TimeoutError:
-            raise GuestError(f"the agent did not answer within {timeout:.0f} s", hint="see `pbotvm-qemu logs`") from None
+            raise GuestError(
+                f"the agent did not answer within {timeout:.0f} s", hint="see `pbotvm-qemu logs`"
+            ) from None
         finally:
             self._hello = None
         answer = _json(frame)
@@ -263,7 +274,7 @@ class Channel:
                 current += frame.payload
                 self._grant(id_, pending, wire.cost(frame.payload))
             elif frame.type == FrameType.ERROR:
-                raise NeverRanError(f"the agent refused the program: {_message(frame)}")
+                raise _refusal(frame)
             elif frame.type == FrameType.EXIT:
                 return parse_outcome(_json(frame), {name: bytes(data) for name, data in files.items()}, missing)
             else:
@@ -357,8 +368,22 @@ def _json(frame: wire.Frame) -> dict[str, object]:
 
 
 def _message(frame: wire.Frame) -> str:
-    text = str(_json(frame).get("message", ""))[:_TEXT_MAX]
+    return _shown(_json(frame).get("message"))
+
+
+def _shown(value: object) -> str:
+    """Return a text of the peer's in a form that can be printed."""
+    text = str(value or "")[:_TEXT_MAX]
     return "".join(character if character.isprintable() else "?" for character in text)
+
+
+def _refusal(frame: wire.Frame) -> PbotVMError:
+    """Return the error that an `error` frame in a run stands for: whether it may have run makes the difference."""
+    answer = _json(frame)
+    message, hint = _shown(answer.get("message")), _shown(answer.get("hint")) or None
+    if answer.get("code") == "run-lost":
+        return RunLostError(message, hint=hint)
+    return NeverRanError(message, hint=hint)
 
 
 def parse_outcome(answer: dict[str, object], files: dict[str, bytes], missing: dict[str, str]) -> Outcome:
@@ -380,22 +405,22 @@ def parse_outcome(answer: dict[str, object], files: dict[str, bytes], missing: d
             raise GuestError(f"the guest broke the protocol: {key} is {str(value)[:40]}")
         return float(value)
 
-    def text(key: str) -> str:
-        value = str(answer.get(key) or "")[:_TEXT_MAX]
-        return "".join(character if character.isprintable() else "?" for character in value)
-
     return Outcome(
         status=integer("status", 0, 255),
         signal=integer("signal", 1, 64),
         timed_out=answer.get("timed_out") is True,
         cancelled=answer.get("cancelled") is True,
         truncated=answer.get("truncated") is True,
-        limit=text("limit") or None,
-        stage=text("stage"),
-        message=text("message"),
+        limit=_shown(answer.get("limit")) or None,
+        stage=_shown(answer.get("stage")),
+        message=_shown(answer.get("message")),
         wall_s=seconds("wall_s") or 0.0,
         cpu_s=seconds("cpu_s"),
         memory_peak=integer("memory_peak", 0, 1 << 60),
         files=files,
         missing=missing,
+        queue_s=seconds("queue_s") or 0.0,
+        transport=_shown(answer.get("transport")),
+        clone=_shown(answer.get("clone")),
+        revert=_shown(answer.get("revert")),
     )

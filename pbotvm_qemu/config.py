@@ -104,6 +104,7 @@ class RelayConfig:
     host: str = LOOPBACK
     port: int = 9000
     queue: int = 64  # requests that may wait
+    queue_wait: float = 60.0  # seconds that a request may wait
     output: int = 1 << 20  # bytes of output kept for one reply
 
 
@@ -114,6 +115,7 @@ class Config:
     machine: MachineConfig = field(default_factory=MachineConfig)
     limits: Limits = field(default_factory=Limits)
     relay: RelayConfig = field(default_factory=RelayConfig)
+    explicit: frozenset[str] = frozenset()  # machine settings that the environment or the command line made
 
 
 _SIZES = {("machine", "memory"), ("machine", "disk_size"), ("limits", "memory"), ("limits", "file_size"),
@@ -133,6 +135,7 @@ _RANGES: dict[tuple[str, str], tuple[float, float]] = {
     ("limits", "output"): (1, 1 << 50),
     ("relay", "port"): (0, 65535),
     ("relay", "queue"): (1, 100000),
+    ("relay", "queue_wait"): (0, 86400),
     ("relay", "output"): (1, 1 << 30),
 }
 
@@ -180,9 +183,7 @@ def _value(table: str, name: str, raw: object, default: object, source: str) -> 
     if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if type(value) is not type(default):
-        raise ConfigError(
-            f"{what} is {raw!r}, expected {type(default).__name__}", hint=f"the default is {default!r}"
-        )
+        raise ConfigError(f"{what} is {raw!r}, expected {type(default).__name__}", hint=f"the default is {default!r}")
     if (table, name) in _RANGES and isinstance(value, int | float):
         low, high = _RANGES[table, name]
         if not low <= value <= high:
@@ -205,19 +206,33 @@ def load(file: Path, environment: Mapping[str, str] | None = None) -> Config:
     if unknown:
         raise ConfigError(f"{file}: unknown table [{unknown[0]}]", hint="known tables: [machine], [limits], [relay]")
     for name in ("machine", "limits", "relay"):
-        config = _change(config, name, {key.replace("-", "_"): value for key, value in tables.get(name, {}).items()}, str(file))
+        config = _change(
+            config, name, {key.replace("-", "_"): value for key, value in tables.get(name, {}).items()}, str(file)
+        )
     environment = os.environ if environment is None else environment
     for variables, table, name in _ENVIRONMENT:
         for variable in variables:
             if value := environment.get(variable, ""):
-                config = _change(config, table, {name: value}, f"environment variable {variable}")
+                config = _change(config, table, {name: value}, f"environment variable {variable}", explicitly=True)
                 break
     return config
 
 
-def _change(config: Config, table: str, changes: Mapping[str, object], source: str) -> Config:
+def override(config: Config, table: str, **changes: object) -> Config:
+    """Return `config` with settings from the command line; those that are None were not given.
+
+    Raises ConfigError for a bad value.
+    """
+    given = {name: value for name, value in changes.items() if value is not None}
+    return _change(config, table, given, "command line", explicitly=True) if given else config
+
+
+def _change(
+    config: Config, table: str, changes: Mapping[str, object], source: str, *, explicitly: bool = False
+) -> Config:
     if table == "machine":
-        return replace(config, machine=checked(config.machine, table, changes, source))
+        explicit = config.explicit | changes.keys() if explicitly else config.explicit
+        return replace(config, machine=checked(config.machine, table, changes, source), explicit=explicit)
     if table == "limits":
         return replace(config, limits=checked(config.limits, table, changes, source))
     return replace(config, relay=checked(config.relay, table, changes, source))
@@ -236,5 +251,7 @@ def _read(file: Path) -> dict[str, dict[str, object]]:
         raise ConfigError(f"{file}: {exc}", hint="fix the file; it is TOML") from exc
     for name, table in tables.items():
         if not isinstance(table, dict):
-            raise ConfigError(f"{file}: {name!r} stands outside a table", hint="put it under [machine], [limits] or [relay]")
+            raise ConfigError(
+                f"{file}: {name!r} stands outside a table", hint="put it under [machine], [limits] or [relay]"
+            )
     return tables

@@ -36,10 +36,12 @@ TIMED_OUT = 124
 class PbotVMError(Exception):
     """Root of all our errors.
 
-    `hint` is one line that says what to do next; `exit_code` is what the command line ends with.
+    `hint` is one line that says what to do next; `exit_code` is what the command line ends with; `kind` is a word for
+    programs that call us: above all whether a program may have run.
     """
 
     exit_code = OURS
+    kind = "failure"
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         super().__init__(message)
@@ -50,6 +52,7 @@ class UsageError(PbotVMError):
     """The request itself is wrong; nothing was run."""
 
     exit_code = USAGE
+    kind = "usage"
 
 
 class ConfigError(UsageError):
@@ -104,6 +107,8 @@ class LaunchError(PbotVMError):
 class NeverRanError(PbotVMError):
     """The program was not started (no capacity, machine not ready, refused by the agent). Safe to repeat."""
 
+    kind = "never-ran"
+
 
 class GuestError(PbotVMError):
     """The guest broke the protocol or did not answer in time."""
@@ -111,6 +116,8 @@ class GuestError(PbotVMError):
 
 class RunLostError(GuestError):
     """The guest was lost after the program had been sent. It may have run; repeat at your own risk."""
+
+    kind = "may-have-run"
 
 
 def tail(data: bytes, lines: int = 3, limit: int = 600) -> str:

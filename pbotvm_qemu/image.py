@@ -159,7 +159,17 @@ class Recipe:
     def id(self) -> str:
         """A hash of everything that decides what is in the image."""
         digest = hashlib.sha256()
-        parts = (str(_FORMAT), self.suite, self.variant, self.kernel, *self.modules, "/", *self.packages, "/", *self.exclude)
+        parts = (
+            str(_FORMAT),
+            self.suite,
+            self.variant,
+            self.kernel,
+            *self.modules,
+            "/",
+            *self.packages,
+            "/",
+            *self.exclude,
+        )
         digest.update("\0".join(parts).encode())
         for file in (self.directory / "customize", paths.recipes() / "initramfs" / "init"):
             digest.update(file.read_bytes())
@@ -285,7 +295,9 @@ async def _debian_mirror() -> str | None:
     apt = shutil.which("apt-get")
     if not apt:
         return None
-    listing = await process.run([apt, "indextargets", "--format", "$(ORIGIN)\t$(LABEL)\t$(SITE)\t$(REPO_URI)", "Identifier: Packages"])
+    listing = await process.run(
+        [apt, "indextargets", "--format", "$(ORIGIN)\t$(LABEL)\t$(SITE)\t$(REPO_URI)", "Identifier: Packages"]
+    )
     for line in listing.stdout.decode("utf-8", "replace").splitlines():
         origin, label, _site, uri = (line.split("\t") + [""] * 4)[:4]
         if origin == "Debian" and label == "Debian" and uri.startswith(("http://", "https://")):
@@ -304,7 +316,10 @@ def _extract_boot(archive: Path, recipe: Recipe, work: Path) -> None:
                 found[member.name.removeprefix("./.boot/")] = file.read()
     (work / "vmlinuz").write_bytes(found["vmlinuz"])
     order = []
-    files = [("bin/busybox", 0o755, found["busybox"]), ("init", 0o755, (paths.recipes() / "initramfs/init").read_bytes())]
+    files = [
+        ("bin/busybox", 0o755, found["busybox"]),
+        ("init", 0o755, (paths.recipes() / "initramfs/init").read_bytes()),
+    ]
     for module in recipe.modules:
         name, data = next((name, data) for name, data in found.items() if name.startswith(f"modules/{module}.ko"))
         files.append((f"modules/{module}.ko", 0o644, lzma.decompress(data) if name.endswith(".xz") else data))
@@ -460,13 +475,26 @@ async def repair_overlay(disk: Path) -> None:
                          hint="run `pbotvm-qemu create --force`")  # fmt: skip
 
 
+def built() -> set[str]:
+    """Return the ids of all images in the cache."""
+    return {manifest.parent.name for manifest in paths.images().glob("[0-9a-f]*/manifest.json")}
+
+
 def unfinished_builds() -> list[Path]:
     """Return the folders that a build left behind when it was killed."""
-    return [folder for folder in paths.images().glob(".building-*") if time.time() - folder.stat().st_mtime > 1]
+    building = any(_held(lock) for lock in paths.images().glob("*.lock"))
+    return [] if building else list(paths.images().glob(".building-*"))
+
+
+def _held(lock: Path) -> bool:
+    with contextlib.suppress(FileNotFoundError), lock.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 def _sha256(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-

@@ -16,7 +16,7 @@ import signal
 import socket
 import time
 from contextlib import AsyncExitStack, ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Self, TypeVar
 
@@ -211,12 +211,15 @@ def _unprivileged(accelerator: str) -> list[str]:
     return [*argv, "--"]
 
 
-def fingerprint(config: MachineConfig, image: Image, qemu: str, accelerator: str, initramfs_sha256: str, *, vsock: bool) -> dict[str, str]:
+def fingerprint(
+    config: MachineConfig, image: Image, qemu: str, accelerator: str, initramfs_sha256: str, *, vsock: bool
+) -> dict[str, str]:
     """Return what a snapshot depends on, by name. Loading it with anything else is corruption, not an error message."""
     binary = Path(qemu).stat()
     files = {name: digest for name, _size, digest in image.files}
     hardware = Plan(
-        config=config, uuid="", qemu="", accelerator=accelerator, kernel=Path(), initramfs=Path(), disk=Path(),
+        # The TCP ports are the host's affair, and no part of the guest's state.
+        config=replace(config, serial=0, health=0), uuid="", qemu="", accelerator=accelerator, kernel=Path(), initramfs=Path(), disk=Path(),
         console_socket=Path(), console_log=Path(), vsock=vsock,
     )  # fmt: skip
     return {
@@ -319,6 +322,12 @@ class VirtualMachine:
         return self._child is not None and self._child.status is None
 
     @property
+    def exited(self) -> asyncio.Task[int]:
+        """Done when QEMU has ended, however. Do not cancel it."""
+        assert self._child
+        return self._child.exited
+
+    @property
     def monitor(self) -> qmp.Monitor:
         """The QMP conversation with this QEMU."""
         assert self._monitor
@@ -390,7 +399,9 @@ class VirtualMachine:
             user = system_user()
             for path in (plan.disk, plan.console_log, plan.console_socket.parent):
                 os.chown(path, user.pw_uid, user.pw_gid)
-            check_reachable((plan.disk, plan.kernel, plan.initramfs, plan.console_log, plan.console_socket.parent), user)
+            check_reachable(
+                (plan.disk, plan.kernel, plan.initramfs, plan.console_log, plan.console_socket.parent), user
+            )
 
     async def _launch_error(self, problem: str) -> LaunchError:
         assert self._child
@@ -433,7 +444,8 @@ class VirtualMachine:
                 raise
             said = self.log_tail()
             raise RunLostError(
-                f"QEMU died ({_status_text(self._child.status)}) while the program ran" + (f"; its log: {said}" if said else "; its log is empty"),
+                f"QEMU died ({_status_text(self._child.status)}) while the program ran"
+                + (f"; its log: {said}" if said else "; its log is empty"),
                 hint=f"the program may have run; the machine starts clean for the next one; see `pbotvm-qemu logs {self.name}`",
             ) from exc
 

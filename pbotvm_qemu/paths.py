@@ -59,7 +59,9 @@ def private(directory: Path, *, mode: int = 0o700) -> Path:
             directory.chmod(mode)  # whatever the umask says
         owner = directory.stat().st_uid
     except OSError as exc:
-        raise HostError(f"cannot make {directory}: {exc.strerror}", hint="check its parent's owner and free space") from exc
+        raise HostError(
+            f"cannot make {directory}: {exc.strerror}", hint="check its parent's owner and free space"
+        ) from exc
     if owner != os.geteuid():
         raise HostError(
             f"{directory} belongs to user {owner}, not to us",

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 OUTPUT_MAX = 4 << 20  # bytes kept of each stream of a helper program
+TERMINATE = signal.SIGTERM
 _GRACE = 5.0  # seconds between SIGTERM and SIGKILL
 
 
@@ -146,7 +147,7 @@ class Identity:
     def alive(self) -> bool:
         """Tell whether this very process still runs (a zombie does not)."""
         now = Identity.of(self.pid)
-        return now is not None and abs(now.started - self.started) < 0.02  # noqa: PLR2004 - one clock tick is 0.01 s
+        return now is not None and abs(now.started - self.started) < 0.02
 
     def kill(self) -> bool:
         """Send SIGKILL when this very process still runs; tell whether it was sent."""
@@ -223,7 +224,12 @@ class Child:
         """
         try:
             child = await asyncio.create_subprocess_exec(
-                *argv, stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=pass_fds, start_new_session=True
+                *argv,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                pass_fds=pass_fds,
+                start_new_session=True,
             )
         except OSError as exc:
             raise CommandError(argv, f"cannot be started: {exc.strerror}", hint=f"check {argv[0]}") from exc

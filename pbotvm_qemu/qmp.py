@@ -92,10 +92,12 @@ class Monitor:
 
     async def snapshot_load(self, tag: str, node: str, *, timeout: float) -> None:
         """Go back to the state saved under `tag`, and run on from there."""
-        await self.job("snapshot-load", tag=tag, vmstate=node, devices=[node], timeout=timeout)
-        status = await self.execute("query-status")
-        if not (isinstance(status, dict) and status.get("running")):
-            await self.execute("cont")
+        try:
+            await self.job("snapshot-load", tag=tag, vmstate=node, devices=[node], timeout=timeout)
+        finally:  # the job stops the machine, and leaves it so when it fails
+            status = await self.execute("query-status")
+            if not (isinstance(status, dict) and status.get("running")):
+                await self.execute("cont")
 
     async def snapshot_delete(self, tag: str, node: str, *, timeout: float) -> None:
         """Delete the snapshot `tag`."""

@@ -14,7 +14,7 @@ from pbotvm_qemu.errors import UsageError
 from pbotvm_qemu.guest import spec, wire
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import AsyncIterator, Sequence
 
     from pbotvm_qemu.config import Limits
     from pbotvm_qemu.languages import Language
@@ -229,3 +229,8 @@ def render(
     except wire.WireError as exc:
         raise UsageError(f"the request is too large: {exc}", hint="pass data through standard input") from exc
     return parsed, [data for _name, data in everything]
+
+
+async def once(data: bytes) -> AsyncIterator[bytes]:
+    """Yield `data`: input that is known at once."""
+    yield data

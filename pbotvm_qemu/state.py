@@ -61,7 +61,9 @@ def write_atomic(file: Path, text: str, *, mode: int = 0o600) -> None:
         temporary.replace(file)
     except OSError as exc:
         temporary.unlink(missing_ok=True)
-        raise StateError(f"cannot write {file}: {exc.strerror}", hint="check its folder's owner and free space") from exc
+        raise StateError(
+            f"cannot write {file}: {exc.strerror}", hint="check its folder's owner and free space"
+        ) from exc
 
 
 def save(record: MachineRecord) -> None:
@@ -128,11 +130,18 @@ def ready(name: str) -> MachineRecord:
     return record
 
 
-def remove(name: str) -> None:
-    """Delete everything about machine `name`. The caller holds its lock."""
+def discard(name: str) -> None:
+    """Delete everything about machine `name` but its process record. The caller holds its lock."""
     machine = paths.MachinePaths(config.machine_name(name))
-    for folder in (machine.directory, machine.runtime):
-        shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(machine.directory, ignore_errors=True)
+    shutil.rmtree(machine.console_socket.parent, ignore_errors=True)
+
+
+def forget_lock(name: str) -> None:
+    """Delete the runtime files of a machine that is gone."""
+    machine = paths.MachinePaths(config.machine_name(name))
+    shutil.rmtree(machine.runtime, ignore_errors=True)
+    machine.lock.unlink(missing_ok=True)
 
 
 def set_process(name: str, record: ProcessRecord) -> None:

@@ -135,7 +135,7 @@ no_python() {
 
 # Runs apt-get as root. Others may hold its lock, as the updater does in a host's first minutes: wait for them.
 run_apt() {
-    set -- apt-get -q -o DPkg::Lock::Timeout=600 "$@"
+    set -- apt-get -q -o DPkg::Lock::Timeout=600 -o Dpkg::Use-Pty=0 "$@"
     if [ "$(id -u)" = 0 ]; then
         DEBIAN_FRONTEND=noninteractive "$@" >&2
     else
@@ -226,8 +226,8 @@ set_up_venv() {
     if [ "$venv" = absent ]; then
         say "making .venv with $python"
         rm -rf .venv || die "cannot remove the old .venv: is it another user's?"
-        # The empty file says until the end that .venv is not finished.
-        mkdir .venv && : >"$stamp" || die "cannot make .venv in $PWD: may you write here?"
+        mkdir .venv || die "cannot make .venv in $PWD: may you write here?"
+        : >"$stamp" # empty until the end: .venv is not finished
         "$python" -m venv .venv >&2 || die "$python cannot make .venv: see above"
     fi
     say "installing the project and its Python packages into .venv (may take a minute)"

@@ -107,7 +107,9 @@ class Run:
         """Take bytes of the files that `run` announced. Raises WireError for more than was announced."""
         if self._stage is _Stage.DONE:
             return
-        if self._stage is not _Stage.RECEIVING or len(payload) > self._file_left + sum(f.size for f in self._pending_files):
+        if self._stage is not _Stage.RECEIVING or len(payload) > self._file_left + sum(
+            f.size for f in self._pending_files
+        ):
             raise wire.WireError("more file data than the run frame announced")
         view = memoryview(payload)
         while view:
@@ -249,7 +251,7 @@ class Run:
                 signal.signal(number, signal.SIG_DFL)
             what = argv[0]
             os.execvpe(argv[0], argv, self._environment())
-        except BaseException as exc:  # noqa: BLE001 - whatever it is, a copy of the agent must not go on
+        except BaseException as exc:
             text = exc.strerror if isinstance(exc, OSError) else type(exc).__name__
             with contextlib.suppress(OSError):
                 os.write(error, f"{what}: {text}".encode()[:500])

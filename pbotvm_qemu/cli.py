@@ -1,0 +1,586 @@
+"""The command line: the only place that prints and exits. Data goes to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import re
+import signal
+import sys
+from typing import TYPE_CHECKING, Annotated, Optional
+
+import typer
+
+from pbotvm_qemu import __version__
+from pbotvm_qemu.errors import OURS, PbotVMError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine
+    from typing import TypeVar
+
+    from pbotvm_qemu.config import Config
+
+    T = TypeVar("T")
+
+app = typer.Typer(
+    name="pbotvm-qemu",
+    help="Run code from strangers in QEMU virtual machines that are put back to a clean snapshot.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+snapshots = typer.Typer(help="Snapshots of a machine.", no_args_is_help=True)
+app.add_typer(snapshots, name="snapshot")
+
+# PBot's spelling of long options, which is rewritten before the parser sees it.
+_PBOT_OPTION = re.compile(r"-(lang|vm|args|arguments|stdin)(=.*)?", re.DOTALL)
+_STDIN_MAX = 1 << 16  # bytes read at once
+
+
+def complete_machine(incomplete: str) -> list[str]:
+    """Return the machines whose names begin with `incomplete`, for the shell."""
+    from pbotvm_qemu import state
+
+    return [name for name in state.names() if name.startswith(incomplete)]
+
+
+def complete_language(incomplete: str) -> list[str]:
+    """Return the languages whose names begin with `incomplete`, for the shell."""
+    from pbotvm_qemu.languages import Registry
+
+    return [name for name in sorted(Registry.load().languages) if name.startswith(incomplete)]
+
+
+Name = Annotated[
+    Optional[str],
+    typer.Argument(help="The machine; default: PBOTVM_DOMAIN or pbot-vm.", autocompletion=complete_machine),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+def _config(name: str | None = None, **changes: object) -> Config:
+    """Return the configuration of this call: defaults, file, environment, command line."""
+    from pbotvm_qemu import config, paths
+
+    loaded = config.load(paths.config_file())
+    changed = config.override(loaded, "machine", name=config.machine_name(name) if name else None)
+    for table in ("machine", "limits", "relay"):
+        mine = {key.removeprefix(f"{table}_"): value for key, value in changes.items() if key.startswith(f"{table}_")}
+        changed = config.override(changed, table, **mine)
+    return changed
+
+
+def _run(work: Coroutine[object, object, T]) -> T:
+    """Run `work` to its end; Ctrl-C and SIGTERM cancel it, so that it can clean up."""
+
+    async def guarded() -> T:
+        task = asyncio.ensure_future(work)
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            loop.add_signal_handler(number, task.cancel)
+        try:
+            return await task
+        except asyncio.CancelledError:
+            raise KeyboardInterrupt from None
+
+    return asyncio.run(guarded())
+
+
+def _say(text: str) -> None:
+    typer.echo(text, err=True)
+
+
+def _print_json(value: object) -> None:
+    typer.echo(json.dumps(value, ensure_ascii=False, default=str))
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"pbotvm-qemu {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    *,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say more on stderr.")] = False,
+    _show_version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Set up what all commands share."""
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.WARNING,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        stream=sys.stderr,
+    )
+
+
+@app.command()
+def doctor(*, as_json: Json = False) -> None:
+    """Check what this host can do, why not, and what to type."""
+    from dataclasses import asdict
+
+    from pbotvm_qemu import doctor as checks
+
+    found = _run(checks.examine(_config()))
+    if as_json:
+        _print_json({"checks": [asdict(check) for check in found]})
+    else:
+        colours = {"ok": "green", "warn": "yellow", "fail": "red"}
+        for check in found:
+            typer.secho(f"{check.status:4}  ", fg=colours[check.status], nl=False)
+            typer.echo(f"{check.name:16} {check.detail}")
+            if check.hint and check.status != "ok":
+                typer.echo(f"      {'':16} -> {check.hint}")
+    if any(check.status == "fail" for check in found):
+        raise typer.Exit(OURS)
+
+
+@app.command()
+def create(
+    name: Name = None,
+    *,
+    languages: Annotated[
+        str, typer.Option(help="A set (core, all) or names with commas.", autocompletion=complete_language)
+    ] = "core",
+    memory: Annotated[Optional[str], typer.Option(help="Guest memory, such as 512M.")] = None,
+    cpus: Annotated[Optional[int], typer.Option(help="Number of processors.")] = None,
+    disk_size: Annotated[Optional[str], typer.Option(help="Size of the sparse disk, such as 12G.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Make it anew when it exists.")] = False,
+    if_missing: Annotated[bool, typer.Option("--if-missing", help="Do nothing when it exists.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Build the image, boot, warm up every language, and take the clean snapshot."""
+    from pbotvm_qemu import commands, state
+
+    config = _config(name, machine_memory=memory, machine_cpus=cpus, machine_disk_size=disk_size)
+    wanted = config.machine.name
+    if if_missing and commands.summary(wanted)["state"] not in ("creating", "damaged"):
+        _say(f"machine {wanted} exists already")
+        return
+    with _progress() as progress:
+        record = _run(commands.create(config, languages, progress, force=force))
+    if as_json:
+        _print_json(commands.summary(state.ready(record.name).name))
+    else:
+        _say(f"machine {record.name} is ready; try: pbotvm-qemu exec -lang=sh echo hello world")
+
+
+@contextlib.contextmanager
+def _progress():  # type: ignore[no-untyped-def]
+    """Show stages on stderr: a bar on a terminal, a line for each stage elsewhere."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        last = ""
+
+        def line(stage: str, done: float) -> None:
+            nonlocal last
+            if stage != last:
+                last = stage
+                _say(f"[{done * 100:3.0f} %] {stage}")
+
+        yield line
+        return
+    columns = (
+        TextColumn("{task.description:32}"),
+        BarColumn(),
+        TextColumn("{task.percentage:3.0f} %"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console) as bars:
+        bar = bars.add_task("starting", total=1.0)
+        yield lambda stage, done: bars.update(bar, description=stage, completed=done)
+
+
+@app.command()
+def run(
+    name: Name = None,
+    *,
+    listen: Annotated[Optional[str], typer.Option(help="ADDR:PORT for PBot clients.")] = None,
+    detach: Annotated[bool, typer.Option("--detach", help="Go to the background once it is ready.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Keep a machine ready, and listen for PBot's requests until stopped."""
+    from pbotvm_qemu import commands
+
+    host, port = _address(listen)
+    config = _config(name, relay_host=host, relay_port=port)
+    if detach:
+        address = ["--listen", f"{config.relay.host}:{config.relay.port}"]
+        _start(config, relay=True, arguments=["--verbose", "run", config.machine.name, *address], as_json=as_json)
+        return
+    _run_keeper(
+        commands.keep(config, relay=True, purpose="run", on_ready=lambda at: _ready(config, at, as_json=as_json))
+    )
+
+
+def _ready(config: Config, address: str, *, as_json: bool) -> None:
+    if as_json:
+        _print_json({"name": config.machine.name, "state": "running", "relay": address, "pid": os.getpid()})
+        sys.stdout.flush()
+    else:
+        _say(f"machine {config.machine.name} is ready" + (f"; PBot clients: {address}" if address else ""))
+
+
+def _run_keeper(work: Coroutine[object, object, None]) -> None:
+    """Run a keeper, which handles SIGTERM and SIGINT itself."""
+    if logging.getLogger().level > logging.INFO:
+        logging.getLogger("pbotvm_qemu").setLevel(logging.INFO)
+    asyncio.run(work)  # type: ignore[arg-type]
+
+
+def _start(config: Config, *, relay: bool, arguments: list[str], as_json: bool) -> None:
+    from pbotvm_qemu import commands
+
+    kept = _run(commands.start(config, relay=relay, arguments=arguments))
+    if as_json:
+        _print_json({"name": config.machine.name, "state": "running", "relay": kept.relay, "pid": kept.keeper.pid})
+    else:
+        at = f"; PBot clients: {kept.relay}" if kept.relay else ""
+        _say(f"machine {config.machine.name} is running (pid {kept.keeper.pid}){at}")
+
+
+def _address(text: str | None) -> tuple[str | None, int | None]:
+    if text is None:
+        return None, None
+    host, colon, port = text.rpartition(":")
+    if not colon or not port.isdigit():
+        raise UsageError(f"{text!r} is not ADDR:PORT", hint="write for example 127.0.0.1:9000")
+    return host.strip("[]") or None, int(port)
+
+
+@app.command()
+def start(name: Name = None, *, as_json: Json = False) -> None:
+    """Keep a machine ready in the background, for `exec` only."""
+    config = _config(name)
+    _start(config, relay=False, arguments=["--verbose", "keep", config.machine.name], as_json=as_json)
+
+
+@app.command(hidden=True)
+def keep(name: Name = None) -> None:
+    """Keep a machine ready without a relay: what `start` puts into the background."""
+    from pbotvm_qemu import commands
+
+    config = _config(name)
+    _run_keeper(
+        commands.keep(config, relay=False, purpose="start", on_ready=lambda at: _ready(config, at, as_json=False))
+    )
+
+
+@app.command(name="exec", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+def execute(
+    code: Annotated[
+        list[str] | None,
+        typer.Argument(help="The program; words are joined by blanks. - reads it from --file or stdin."),
+    ] = None,
+    *,
+    vm: Annotated[Optional[str], typer.Option("--vm", help="The machine.", autocompletion=complete_machine)] = None,
+    lang: Annotated[str, typer.Option("--lang", help="The language.", autocompletion=complete_language)] = "sh",
+    args: Annotated[
+        str | None, typer.Option("--args", "--arguments", help="Arguments of the program, in one string.")
+    ] = None,
+    stdin: Annotated[Optional[str], typer.Option("--stdin", help="Text for standard input, instead of ours.")] = None,
+    file: Annotated[Optional[str], typer.Option("--file", help="Read the program from this file.")] = None,
+    put: Annotated[
+        list[str] | None, typer.Option("--put", help="PATH[:NAME]: put a file beside the program.")
+    ] = None,
+    get: Annotated[
+        list[str] | None, typer.Option("--get", help="NAME[:PATH]: fetch a file that the program wrote.")
+    ] = None,
+    timeout: Annotated[Optional[float], typer.Option(help="Seconds that the program may take.")] = None,
+    output_limit: Annotated[Optional[str], typer.Option(help="Most bytes that it may print, such as 64M.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Run a program on a clean machine; its output and exit status become ours."""
+    from pbotvm_qemu import commands, execution
+
+    config = _config(vm, limits_wall=timeout, limits_output=output_limit)
+    job = execution.prepare(
+        code or [], lang=lang, vm=vm, args=args, stdin=stdin, file=file, put=put or [], get=get or []
+    )
+    sink = execution.Sink(keep=as_json)
+    result = _run(
+        commands.execute(
+            config,
+            job.request,
+            on_output=sink.write,
+            stdin=job.stdin(),
+            code=job.code,
+            files=job.files,
+            collect=[name for name, _path in job.collect],
+            on_wait=_say,
+        )
+    )
+    outcome = result.outcome
+    job.store(outcome)
+    if as_json:
+        _print_json(execution.report(result.language, outcome, sink))
+    else:
+        for line in execution.remarks(outcome, config.limits):
+            _say(line)
+    raise typer.Exit(outcome.exit_code)
+
+
+@app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+def client(words: Annotated[list[str], typer.Argument(help="A JSON object or the words of a request.")]) -> None:
+    """Send one request to the relay, as PBot's vm-client does, and print the answer."""
+    from pbotvm_qemu import execution
+
+    config = _config()
+    sys.stdout.buffer.write(_run(execution.ask_relay(config.relay.host, config.relay.port, " ".join(words))))
+
+
+@app.command()
+def stop(name: Name = None) -> None:
+    """Stop a machine; programs under way get a while to end."""
+    from pbotvm_qemu import commands
+
+    wanted = _config(name).machine.name
+    _say(f"machine {wanted} {'is stopped' if _run(commands.stop(wanted)) else 'was not running'}")
+
+
+@app.command(name="list")
+def list_machines(*, as_json: Json = False) -> None:
+    """List the machines."""
+    from pbotvm_qemu import commands, config, state
+
+    found = [commands.summary(name) for name in state.names()]
+    if as_json:
+        _print_json({"machines": found})
+        return
+    if not found:
+        _say("there is no machine yet; make one with `pbotvm-qemu create`")
+    for item in found:
+        if item["state"] == "damaged":
+            typer.echo(f"{item['name']:20} damaged  {item['problem']}")
+        else:
+            memory = config.format_size(int(str(item["memory"])))
+            typer.echo(
+                f"{item['name']:20} {item['state']:8} {item['accelerator']}  {memory:>5}  {item['cpus']} cpu  "
+                f"ports {item['serial']} {item['health']}  {' '.join(item['languages'])}"  # type: ignore[arg-type]
+            )
+
+
+@app.command()
+def status(name: Name = None, *, as_json: Json = False) -> None:
+    """Show all that is known of a machine."""
+    from pbotvm_qemu import commands
+
+    report = _run(commands.status(_config(name).machine.name))
+    if as_json:
+        _print_json(report)
+        return
+    for key, value in report.items():
+        if isinstance(value, dict):
+            typer.echo(f"{key}:")
+            for inner, detail in value.items():
+                typer.echo(f"  {inner + ':':14} {detail}")
+        else:
+            shown = " ".join(map(str, value)) if isinstance(value, list) else value
+            typer.echo(f"{key + ':':16} {shown}")
+
+
+@app.command()
+def console(name: Name = None) -> None:
+    """Watch the guest's serial console until Ctrl-C. Nobody can log in there."""
+    from pbotvm_qemu import execution
+
+    wanted = _config(name).machine.name
+    with contextlib.suppress(KeyboardInterrupt):
+        _run(execution.watch_console(wanted, sys.stdout.buffer))
+
+
+@app.command()
+def logs(name: Name = None, *, lines: Annotated[int, typer.Option("-n", "--lines", min=1)] = 40) -> None:
+    """Show the end of a machine's logs: its keeper's, QEMU's, the guest kernel's."""
+    from pbotvm_qemu import commands
+
+    for file in commands.log_files(_config(name).machine.name):
+        _say(f"==> {file} <==")
+        text = file.read_bytes()[-(1 << 18) :].decode("utf-8", "replace")
+        for line in text.splitlines()[-lines:]:
+            typer.echo(
+                "".join(character if character.isprintable() or character == "\t" else "?" for character in line)
+            )
+
+
+@app.command()
+def rm(
+    name: Name = None, *, force: Annotated[bool, typer.Option("--force", help="Also when it runs.")] = False
+) -> None:
+    """Delete a machine. Its image stays in the cache, see prune."""
+    from pbotvm_qemu import commands
+
+    wanted = _config(name).machine.name
+    _run(commands.remove(wanted, force=force))
+    _say(f"machine {wanted} is gone")
+
+
+@app.command()
+def prune(
+    *,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
+    images: Annotated[bool, typer.Option("--images", help="Also images that no machine uses.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Remove what crashes left behind, and say what it was."""
+    from pbotvm_qemu import commands
+
+    found = _run(commands.prune(dry_run=dry_run, images=images))
+    if as_json:
+        _print_json({"left": [{"kind": item.kind, "what": item.what} for item in found], "removed": not dry_run})
+        return
+    for item in found:
+        typer.echo(f"{'would remove' if dry_run else 'removed'} {item.kind}: {item.what}")
+    if not found:
+        typer.echo("nothing was left behind")
+
+
+@app.command(name="qemu-command")
+def qemu_command(name: Name = None) -> None:
+    """Print the exact QEMU command line without starting it."""
+    from pbotvm_qemu import commands
+
+    typer.echo(commands.qemu_command(_config(name)))
+    _say("descriptors 3 and 4 are socket pairs, to the monitor and to the agent")
+
+
+@app.command()
+def languages(name: Name = None, *, as_json: Json = False) -> None:
+    """List the languages: which a machine has, and why not the others."""
+    from pbotvm_qemu import commands
+
+    found = commands.languages(_config(name).machine.name)
+    if as_json:
+        _print_json({"languages": found})
+        return
+    for item in found:
+        aliases = f" ({', '.join(item['aliases'])})" if item["aliases"] else ""  # type: ignore[arg-type]
+        mark = "yes" if item["installed"] else "no"
+        typer.echo(f"{mark:4} {item['name']}{aliases}: {item['description']}{'; ' if item['why'] else ''}{item['why']}")
+
+
+@app.command()
+def bench(
+    name: Name = None,
+    *,
+    rounds: Annotated[int, typer.Option(min=1, max=1000, help="Measurements of each figure.")] = 10,
+    as_json: Json = False,
+) -> None:
+    """Measure boot, exec and revert on this host."""
+    from pbotvm_qemu import bench as benchmark
+
+    report = _run(benchmark.measure(_config(name), rounds, _say))
+    if as_json:
+        _print_json(report)
+    else:
+        for line in benchmark.table(report):
+            typer.echo(line)
+
+
+Machine = Annotated[
+    Optional[str],
+    typer.Option("--vm", help="The machine; default: PBOTVM_DOMAIN or pbot-vm.", autocompletion=complete_machine),
+]
+
+
+@snapshots.command(name="list")
+def snapshot_list(*, vm: Machine = None, as_json: Json = False) -> None:
+    """List the snapshots."""
+    from datetime import UTC, datetime
+
+    from pbotvm_qemu import commands, config
+
+    found = _run(commands.snapshot_list(_config(vm).machine.name))
+    if as_json:
+        _print_json({"snapshots": found})
+        return
+    for item in found:
+        when = datetime.fromtimestamp(int(str(item["date-sec"])), UTC).isoformat(" ", "seconds")
+        typer.echo(f"{item['name']:20} {config.format_size(int(str(item['vm-state-size']))):>8}  {when}")
+
+
+@snapshots.command(name="create")
+def snapshot_create(tag: str, *, vm: Machine = None) -> None:
+    """Save the running machine as it stands."""
+    from pbotvm_qemu import commands
+
+    _run(commands.snapshot_create(_config(vm).machine.name, tag))
+    _say(f"snapshot {tag} is taken")
+
+
+@snapshots.command(name="revert")
+def snapshot_revert(tag: str, *, vm: Machine = None) -> None:
+    """Put the running machine back to a snapshot; later runs start from it too."""
+    _revert(vm, tag)
+
+
+@snapshots.command(name="delete")
+def snapshot_delete(tag: str, *, vm: Machine = None) -> None:
+    """Delete a snapshot."""
+    from pbotvm_qemu import commands
+
+    _run(commands.snapshot_delete(_config(vm).machine.name, tag))
+    _say(f"snapshot {tag} is deleted")
+
+
+@app.command()
+def revert(name: Name = None) -> None:
+    """Put the running machine back to its clean snapshot."""
+    from pbotvm_qemu.config import SNAPSHOT
+
+    _revert(name, SNAPSHOT)
+
+
+def _revert(name: str | None, tag: str) -> None:
+    from pbotvm_qemu import commands
+
+    way = _run(commands.revert(_config(name).machine.name, tag))
+    _say(f"reverted to snapshot {tag} by {way}")
+
+
+def pbot_spelling(arguments: list[str]) -> list[str]:
+    """Return `arguments` with PBot's single-dash options in `exec` spelled as the parser knows them.
+
+    Only what stands before the first word of the program is touched: `exec -lang=sh -args 'a b' echo -lang=x`.
+    """
+    if "exec" not in arguments:
+        return arguments
+    begin = arguments.index("exec") + 1
+    changed = arguments[:begin]
+    rest = arguments[begin:]
+    while rest and rest[0].startswith("-") and rest[0] not in ("-", "--"):
+        word = rest.pop(0)
+        changed.append(f"-{word}" if _PBOT_OPTION.fullmatch(word) else word)
+        if "=" not in word and word.lstrip("-") in _WITH_VALUE and rest:
+            changed.append(rest.pop(0))
+    return changed + rest
+
+
+_WITH_VALUE = ("lang", "vm", "args", "arguments", "stdin", "file", "put", "get", "timeout", "output-limit")
+
+
+def main() -> None:
+    """Run the command line and exit."""
+    try:
+        app(args=pbot_spelling(sys.argv[1:]), prog_name="pbotvm-qemu")
+    except PbotVMError as exc:
+        if "--json" in sys.argv:
+            _print_json({"error": str(exc), "hint": exc.hint, "kind": exc.kind, "exit_code": exc.exit_code})
+        typer.secho(f"error: {exc}", fg="red", err=True)
+        if exc.hint:
+            typer.secho(f"hint: {exc.hint}", dim=True, err=True)
+        sys.exit(exc.exit_code)
+    except KeyboardInterrupt:
+        typer.secho("interrupted; nothing was left behind", err=True)
+        sys.exit(130)
+    except BrokenPipeError:  # whoever read our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)

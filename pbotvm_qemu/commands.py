@@ -1,0 +1,560 @@
+"""What the command line does, as plain coroutines: they return data, print nothing and never exit."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import shutil
+import sys
+import time
+import uuid
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pbotvm_qemu import accel, channel, control, image, keeper, machine, paths, process, request, state
+from pbotvm_qemu.config import SNAPSHOT, Limits
+from pbotvm_qemu.errors import GuestError, HostError, PbotVMError, StateError, UsageError
+from pbotvm_qemu.languages import Language, Registry
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Sequence
+
+    from pbotvm_qemu.channel import OnOutput, Outcome
+    from pbotvm_qemu.config import Config, MachineConfig
+    from pbotvm_qemu.guest.spec import RunSpec
+
+    Progress = Callable[[str, float], None]
+
+log = logging.getLogger(__name__)
+
+WARM_LIMITS = Limits(wall=120.0)  # the first run of a compiler under emulation takes its time
+_START_TIMEOUT = 180.0  # seconds for a detached keeper to report
+_STOP_TIMEOUT = 45.0
+_SNAPSHOT_TIMEOUT = 180.0
+_SNAPSHOT_ROOM = 256 << 20  # bytes of disk beside the guest's memory
+
+
+def find_qemu() -> str:
+    """Return the path of QEMU. Raises HostError when it is not installed."""
+    return process.find_program("qemu-system-x86_64", package="qemu-system-x86")
+
+
+# create ------------------------------------------------------------------------------------------------------------------
+
+
+async def create(config: Config, languages: str, progress: Progress, *, force: bool = False) -> state.MachineRecord:
+    """Make machine `config.machine.name` up to its clean snapshot, and return its record.
+
+    Raises StateError when it exists and `force` is not given; what was half made is gone after an error or Ctrl-C.
+    """
+    name = config.machine.name
+    registry = Registry.load(paths.user_languages())
+    chosen = registry.select(languages)
+    qemu = find_qemu()
+    async with state.lock(name, purpose="create"):
+        files = paths.MachinePaths(name)
+        if _exists(name) and not force:
+            raise StateError(
+                f"machine {name!r} exists already",
+                hint=f"use it, or make it anew with `pbotvm-qemu create --force {name}`",
+            )
+        recipe = image.Recipe.load(chosen)
+        built = await image.ensure(recipe, lambda stage, done: progress(stage, done * 0.7))
+        progress("trying the accelerator", 0.7)
+        verdict = await accel.choose(qemu, built.kernel)
+        log.info("accelerator: %s (%s)", verdict.name, verdict.reason)
+        paths.private(paths.data_dir(), mode=0o711)
+        paths.private(files.directory.parent, mode=0o711)
+        state.discard(name)
+        paths.private(files.directory, mode=0o711)
+        try:
+            record = await _prepare(config, built, qemu, verdict.name, [item.name for item in chosen])
+            await _freeze(record, built, chosen, progress)
+            record = replace(record, state="ready")
+            state.save(record)
+        except BaseException:
+            state.discard(name)
+            raise
+    progress("ready", 1.0)
+    return record
+
+
+def _exists(name: str) -> bool:
+    try:
+        return state.load(name).state == "ready"
+    except StateError:
+        return paths.MachinePaths(name).record.exists()  # damaged: only --force may touch it
+
+
+async def _prepare(
+    config: Config, built: image.Image, qemu: str, accelerator: accel.Name, languages: list[str]
+) -> state.MachineRecord:
+    """Write the disk, the initramfs and a first record of a machine."""
+    hardware = _with_free_ports(config)
+    files = paths.MachinePaths(hardware.name)
+    need = hardware.memory + _SNAPSHOT_ROOM
+    free = shutil.disk_usage(files.directory).free
+    if free < need:
+        raise HostError(
+            f"{files.directory} has {free >> 20} MiB of free space, the snapshot needs up to {need >> 20} MiB",
+            hint="free some space, use less --memory, or set XDG_DATA_HOME to a larger disk",
+        )
+    await image.create_overlay(built, files.disk, hardware.disk_size)
+    digest = image.write_initramfs(built, files.initramfs)
+    vsock = bool(hardware.cid) and machine.has_vsock()
+    record = state.MachineRecord(
+        name=hardware.name,
+        uuid=str(uuid.uuid4()),
+        created=int(time.time()),
+        state="creating",
+        machine=hardware,
+        image=built.id,
+        languages=tuple(languages),
+        accelerator=accelerator,
+        qemu=qemu,
+        fingerprint=machine.fingerprint(hardware, built, qemu, accelerator, digest, vsock=vsock),
+    )
+    state.save(record)
+    return record
+
+
+def _with_free_ports(config: Config) -> MachineConfig:
+    """Return the hardware with serial ports that no other machine of ours has, unless the caller chose them."""
+    taken: set[int] = set()
+    for other in state.names():
+        with contextlib.suppress(StateError):
+            if other != config.machine.name:
+                found = state.load(other).machine
+                taken |= {found.serial, found.health}
+    serial, health = config.machine.serial, config.machine.health
+    while not {"serial", "health"} & config.explicit and serial and {serial, health} & taken:
+        serial, health = serial + 2, health + 2
+    return replace(config.machine, serial=serial, health=health)
+
+
+async def _freeze(
+    record: state.MachineRecord, built: image.Image, languages: Sequence[Language], progress: Progress
+) -> None:
+    """Boot the machine, warm up every language, and take the clean snapshot."""
+    progress("booting the guest", 0.72)
+    plan = machine.Plan.of(record, built, loadvm=None)
+    async with machine.VirtualMachine(plan, on_started=lambda pid: _remember(record.name, pid, "create")) as vm:
+        for number, language in enumerate(languages):
+            progress(f"warming up {language.name}", 0.82 + 0.12 * number / len(languages))
+            await _warm(vm, language)
+        progress("taking the snapshot", 0.95)
+        # Twice: the first answer may still have its own traces under way in the guest.
+        await vm.channel.ping()
+        await vm.channel.ping()
+        await vm.monitor.snapshot_save(SNAPSHOT, machine.DISK, timeout=_SNAPSHOT_TIMEOUT)
+
+
+async def _warm(vm: machine.VirtualMachine, language: Language) -> None:
+    """Run the sample of `language`, twice so that nothing is left to load. Raises GuestError when it prints the wrong thing."""
+    spec, content = request.render(request.Request(code=language.sample_code), language, WARM_LIMITS, stdin=False)
+    for _ in range(2):
+        printed = bytearray()
+
+        async def keep(_stream: channel.Stream, data: bytes, printed: bytearray = printed) -> None:
+            printed.extend(data[: 4096 - len(printed)])
+
+        outcome = await vm.execute(spec, content, on_output=keep)
+        if outcome.exit_code or printed.decode("utf-8", "replace") != language.sample_output:
+            said = printed.decode("utf-8", "replace").strip()[:300]
+            raise GuestError(
+                f"language {language.name} does not work in this guest: exit status {outcome.exit_code}, "
+                f"{outcome.message or said or 'no output'}",
+                hint="create the machine without it, see --languages",
+            )
+
+
+def _remember(name: str, pid: int, purpose: str) -> None:
+    me, qemu = process.Identity.of(os.getpid()), process.Identity.of(pid)
+    assert me
+    state.set_process(name, state.ProcessRecord(me, qemu, purpose, ""))
+
+
+# exec --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Execution:
+    """A program that was run: in which language, and how it ended."""
+
+    language: str
+    outcome: Outcome
+
+
+async def execute(
+    config: Config,
+    wanted: request.Request,
+    *,
+    on_output: OnOutput,
+    stdin: AsyncIterator[bytes] | None,
+    code: bytes | None = None,
+    files: Sequence[tuple[str, bytes]] = (),
+    collect: Sequence[str] = (),
+    on_wait: Callable[[str], None] | None = None,
+) -> Execution:
+    """Run one program on a clean machine: through the keeper when one runs, else in a machine started for it.
+
+    Raises UsageError and UnknownLanguageError before anything is started; see Channel.execute for the rest.
+    """
+    record = state.ready(wanted.machine or config.machine.name)
+    language = Registry.load(paths.user_languages()).find(wanted.language, record.languages)
+    spec, content = request.render(
+        wanted, language, config.limits, stdin=stdin is not None, code=code, files=files, collect=collect
+    )
+    for _ in range(2):
+        kept = state.running(record.name)
+        if kept and kept.purpose in ("run", "start"):
+            try:
+                talk = await control.connect(paths.MachinePaths(record.name).control_socket)
+            except StateError:
+                if state.running(record.name):
+                    raise
+                continue  # it stopped between the look and the call
+            try:
+                limit = spec.limits.wall + config.relay.queue_wait + 30
+                outcome = await talk.execute(spec, content, on_output=on_output, stdin=stdin, timeout=limit)
+            finally:
+                await talk.close()
+            return Execution(language.name, outcome)
+        break
+    outcome = await _execute_alone(config, record, spec, content, on_output, stdin, on_wait)
+    return Execution(language.name, outcome)
+
+
+async def _execute_alone(
+    config: Config,
+    record: state.MachineRecord,
+    spec: RunSpec,
+    content: Sequence[bytes],
+    on_output: OnOutput,
+    stdin: AsyncIterator[bytes] | None,
+    on_wait: Callable[[str], None] | None,
+) -> Outcome:
+    begin = time.monotonic()
+    async with state.lock(record.name, purpose="exec", wait=config.relay.queue_wait, on_wait=on_wait):
+        queued = time.monotonic() - begin
+        plan = keeper.prepare(record, config)
+        async with machine.VirtualMachine(plan, on_started=lambda pid: _remember(record.name, pid, "exec")) as vm:
+            outcome = await vm.execute(spec, content, on_output=on_output, stdin=stdin)
+            transport = vm.hello.transport if vm.hello else ""
+    return replace(
+        outcome, queue_s=round(queued, 4), transport=transport, clone=f"{record.name}/exec", revert="restart"
+    )
+
+
+# keepers -----------------------------------------------------------------------------------------------------------------
+
+
+async def keep(config: Config, *, relay: bool, purpose: str, on_ready: Callable[[str], None]) -> None:
+    """Keep machine `config.machine.name` until told to stop; see Keeper.keep."""
+    await keeper.Keeper(state.ready(config.machine.name), config, purpose=purpose, relay=relay).keep(on_ready)
+
+
+async def start(config: Config, *, relay: bool, arguments: Sequence[str]) -> state.ProcessRecord:
+    """Start a keeper in the background and return who keeps the machine once it is ready.
+
+    `arguments` are the command line of the keeper, after the program. Raises StateError with the end of its log when
+    it does not get ready.
+    """
+    name = state.ready(config.machine.name).name
+    if kept := state.running(name):
+        raise StateError(
+            f"machine {name!r} runs already (pid {kept.keeper.pid})", hint=f"stop it with `pbotvm-qemu stop {name}`"
+        )
+    files = paths.MachinePaths(name)
+    with files.keeper_log.open("ab") as stream:
+        begin = stream.tell()
+        child = await process.Child.start(
+            [sys.executable, "-m", "pbotvm_qemu", *arguments], pass_fds=(), log=stream.fileno()
+        )
+    until = time.monotonic() + _START_TIMEOUT
+    while time.monotonic() < until and child.status is None:
+        kept = state.running(name)
+        if kept and kept.keeper.pid == child.pid and files.control_socket.exists() and bool(kept.relay) == relay:
+            return kept
+        await child.wait(0.05)
+    said = files.keeper_log.read_bytes()[begin:].decode("utf-8", "replace").strip().splitlines()
+    if child.status is None:
+        child.send(process.TERMINATE)
+        await child.wait(_STOP_TIMEOUT)
+    cause = next((line.removeprefix("error: ") for line in said if line.startswith("error: ")), "it gave no reason")
+    hint = next((line.removeprefix("hint: ") for line in said if line.startswith("hint: ")), f"see {files.keeper_log}")
+    raise StateError(f"machine {name!r} did not start: {cause}", hint=hint)
+
+
+async def stop(name: str) -> bool:
+    """Stop machine `name`; tell whether it ran. Programs under way get a while to end.
+
+    Raises StateError when it does not stop.
+    """
+    state.load(name)
+    kept = state.running(name)
+    if kept is None:
+        return False
+    if kept.purpose not in ("run", "start"):
+        raise StateError(
+            f"machine {name!r} is used by `pbotvm-qemu {kept.purpose}` (pid {kept.keeper.pid})",
+            hint="wait for it, or interrupt it with Ctrl-C",
+        )
+    with contextlib.suppress(PbotVMError):
+        await ask(name, {"do": "stop"})
+    until = time.monotonic() + _STOP_TIMEOUT
+    while time.monotonic() < until:
+        if not kept.keeper.alive():
+            return True
+        await asyncio.sleep(0.02)
+    raise StateError(f"machine {name!r} did not stop in {_STOP_TIMEOUT:.0f} s", hint=f"kill -9 {kept.keeper.pid}")
+
+
+async def ask(name: str, question: dict[str, object], *, timeout: float = 30.0) -> dict[str, object]:
+    """Return the answer of the keeper of machine `name`.
+
+    Raises StateError when nobody keeps it or the answer is an error.
+    """
+    kept = state.running(name)
+    if kept is None or kept.purpose not in ("run", "start"):
+        state.load(name)
+        raise StateError(f"machine {name!r} is not running", hint=f"start it with `pbotvm-qemu start {name}`")
+    talk = await control.connect(paths.MachinePaths(name).control_socket)
+    try:
+        answer = await talk.control(question, timeout=timeout)
+    finally:
+        await talk.close()
+    if "error" in answer:
+        hint = answer.get("hint")
+        error = UsageError if answer.get("exit_code") == UsageError.exit_code else StateError
+        raise error(str(answer["error"]), hint=str(hint) if hint else None)
+    return answer
+
+
+# reports -----------------------------------------------------------------------------------------------------------------
+
+
+def summary(name: str) -> dict[str, object]:
+    """Return what `list` shows of machine `name`; a damaged one is shown as such."""
+    try:
+        record = state.load(name)
+    except StateError as exc:
+        return {"name": name, "state": "damaged", "problem": str(exc)}
+    kept = state.running(name)
+    shown = (
+        record.state if kept is None else "running" if kept.purpose in ("run", "start") else f"in use by {kept.purpose}"
+    )
+    return {
+        "name": name,
+        "state": shown,
+        "pid": kept.keeper.pid if kept else None,
+        "memory": record.machine.memory,
+        "cpus": record.machine.cpus,
+        "disk_size": record.machine.disk_size,
+        "serial": record.machine.serial,
+        "health": record.machine.health,
+        "accelerator": record.accelerator,
+        "languages": list(record.languages),
+        "created": record.created,
+    }
+
+
+async def status(name: str) -> dict[str, object]:
+    """Return everything that is known about machine `name`. Raises StateError when there is none."""
+    record = state.load(name)
+    files = paths.MachinePaths(name)
+    report = summary(name) | {
+        "image": record.image,
+        "qemu": record.qemu,
+        "directory": str(files.directory),
+        "disk_bytes": files.disk.stat().st_blocks * 512 if files.disk.exists() else 0,
+        "verdict": accelerator_reason(record),
+    }
+    if report["state"] == "running":
+        live = await ask(name, {"do": "status"})
+        report["live"] = live
+        pid = live.get("pid")
+        if isinstance(pid, int) and (used := process.usage(pid)):
+            report["qemu_usage"] = asdict(used)
+    return report
+
+
+def accelerator_reason(record: state.MachineRecord) -> str:
+    """Return why the machine has the accelerator that it has."""
+    verdict = accel.cached(record.qemu)
+    if verdict and verdict.name == record.accelerator:
+        return verdict.reason
+    return f"made with {record.accelerator}; `pbotvm-qemu doctor` says what this host can do today"
+
+
+def qemu_command(config: Config) -> str:
+    """Return the command line of machine `config.machine.name`, as one would type it."""
+    return machine.command_text(keeper.prepare(state.ready(config.machine.name), config))
+
+
+def log_files(name: str) -> list[Path]:
+    """Return the logs that machine `name` has."""
+    state.load(name)
+    files = paths.MachinePaths(name)
+    return [file for file in (files.keeper_log, files.qemu_log, files.console_log) if file.exists()]
+
+
+def languages(name: str | None) -> list[dict[str, object]]:
+    """Return every known language, and whether machine `name` has it (None: there is no such machine)."""
+    installed: Sequence[str] | None = None
+    if name is not None:
+        with contextlib.suppress(StateError):
+            installed = state.load(name).languages
+    return [
+        {
+            "name": language.name,
+            "aliases": list(language.aliases),
+            "description": language.description,
+            "installed": installed is not None and language.name in installed,
+            "why": _why_not(language.name, name, installed),
+        }
+        for _name, language in sorted(Registry.load(paths.user_languages()).languages.items())
+    ]
+
+
+def _why_not(language: str, name: str | None, installed: Sequence[str] | None) -> str:
+    if installed is None:
+        return f"there is no machine {name!r} yet" if name else "no machine was named"
+    return "" if language in installed else f"machine {name!r} was made without it"
+
+
+# snapshots ---------------------------------------------------------------------------------------------------------------
+
+
+async def snapshot_list(name: str) -> list[dict[str, object]]:
+    """Return the snapshots of machine `name`, running or not, as QEMU's SnapshotInfo objects."""
+    state.ready(name)
+    if state.running(name):
+        found = (await ask(name, {"do": "snapshot-list"}))["snapshots"]
+        return [item for item in found if isinstance(item, dict)] if isinstance(found, list) else []
+    return await image.overlay_snapshots(paths.MachinePaths(name).disk)
+
+
+async def snapshot_create(name: str, tag: str) -> None:
+    """Save the state of the running machine `name` under `tag`."""
+    state.ready(name)
+    await ask(name, {"do": "snapshot-create", "tag": keeper.check_tag(tag)}, timeout=_SNAPSHOT_TIMEOUT)
+
+
+async def snapshot_delete(name: str, tag: str) -> None:
+    """Delete snapshot `tag` of machine `name`, running or not."""
+    state.ready(name)
+    keeper.check_tag(tag)
+    if state.running(name):
+        await ask(name, {"do": "snapshot-delete", "tag": tag}, timeout=_SNAPSHOT_TIMEOUT)
+        return
+    async with state.lock(name, purpose="snapshot"):
+        disk = paths.MachinePaths(name).disk
+        tags = [str(item.get("name")) for item in await image.overlay_snapshots(disk)]
+        if tag == SNAPSHOT:
+            raise StateError(
+                f"snapshot {tag!r} is the one that runs start from", hint="make the machine anew with `create --force`"
+            )
+        if tag not in tags:
+            raise StateError(f"there is no snapshot {tag!r} (there are: {', '.join(tags)})", hint="see `snapshot list`")
+        await image.delete_overlay_snapshot(disk, tag)
+
+
+async def revert(name: str, tag: str) -> str:
+    """Put the running machine `name` back to `tag`; return the way taken, "loadvm" or "restart"."""
+    state.ready(name)
+    return str((await ask(name, {"do": "revert", "tag": keeper.check_tag(tag)}, timeout=_SNAPSHOT_TIMEOUT))["way"])
+
+
+# removal -----------------------------------------------------------------------------------------------------------------
+
+
+async def remove(name: str, *, force: bool) -> None:
+    """Delete machine `name`. Raises StateError when it runs and `force` is not given."""
+    if not paths.MachinePaths(name).directory.exists():
+        state.load(name)
+    kept = state.running(name)
+    if kept and not force:
+        raise StateError(
+            f"machine {name!r} is running (pid {kept.keeper.pid})",
+            hint=f"stop it with `pbotvm-qemu stop {name}`, or use --force",
+        )
+    if kept and kept.purpose in ("run", "start"):
+        with contextlib.suppress(StateError):
+            await stop(name)
+    if kept and kept.keeper.alive():
+        kept.keeper.kill()
+    async with state.lock(name, purpose="rm", wait=10.0):
+        state.discard(name)
+    state.forget_lock(name)
+
+
+@dataclass(frozen=True, slots=True)
+class Leftover:
+    """Something that a crash left behind."""
+
+    kind: str  # "process", "machine", "image build", "image", "runtime folder"
+    what: str
+
+
+async def prune(*, dry_run: bool, images: bool) -> list[Leftover]:
+    """Find what crashes left behind, remove it unless `dry_run`, and return it.
+
+    With `images`, images that no machine uses count too.
+    """
+    found: list[Leftover] = []
+    for name in _known_names():
+        found += await _prune_machine(name, dry_run=dry_run)
+    for folder in image.unfinished_builds():
+        found.append(Leftover("image build", str(folder)))
+        if not dry_run:
+            shutil.rmtree(folder, ignore_errors=True)
+    if images:
+        used = {state.load(name).image for name in state.names() if summary(name)["state"] != "damaged"}
+        for id_ in sorted(image.built() - used):
+            found.append(Leftover("image", str(paths.images() / id_)))
+            if not dry_run:
+                shutil.rmtree(paths.images() / id_, ignore_errors=True)
+    return found
+
+
+def _known_names() -> list[str]:
+    folder = paths.runtime_dir() / "machines"
+    live = {entry.name for entry in folder.iterdir() if entry.is_dir()} if folder.is_dir() else set()
+    return sorted(live | set(state.names()))
+
+
+async def _prune_machine(name: str, *, dry_run: bool) -> list[Leftover]:
+    if state.running(name):
+        return []
+    found: list[Leftover] = []
+    files = paths.MachinePaths(name)
+    if left := state.get_process(name):
+        found.append(Leftover("record", f"{files.process_record} of process {left.keeper.pid}, which is gone"))
+        if left.qemu and left.qemu.alive():
+            found.append(Leftover("process", f"QEMU {left.qemu.pid} of machine {name}"))
+    gone = not files.directory.exists()
+    unfinished = not gone and summary(name)["state"] == "creating"
+    if unfinished:
+        found.append(Leftover("machine", f"{files.directory}, which was never finished"))
+    if gone and not left:
+        found.append(Leftover("runtime folder", str(files.runtime)))
+    if found and not dry_run:
+        try:
+            async with state.lock(name, purpose="prune"):  # which kills the orphan and clears the record
+                if unfinished:
+                    state.discard(name)
+        except StateError:  # somebody began to use it just now
+            return []
+        if gone or unfinished:
+            state.forget_lock(name)
+    return found
+
+
+def to_json(value: object) -> str:
+    """Return `value` as the text that `--json` prints."""
+    return json.dumps(value, ensure_ascii=False, default=str)

@@ -1,0 +1,78 @@
+"""The host's network capabilities, asked of the real kernel."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import threading
+from pathlib import Path
+
+import pytest
+
+from pbotvm_qemu import net
+
+pytestmark = pytest.mark.netns
+
+SYS_ADMIN = 21
+NET_ADMIN = 12
+
+
+def holds(capability: int) -> bool:
+    status = Path("/proc/self/status").read_text()
+    effective = next(line for line in status.splitlines() if line.startswith("CapEff:"))
+    return bool(int(effective.split()[1], 16) >> capability & 1)
+
+
+def inventory() -> tuple[list[str], str, list[str]]:
+    """Interfaces, our namespace, named namespaces: what a probe must leave as it was."""
+    named = Path("/run/netns")
+    interfaces = sorted(entry.name for entry in Path("/sys/class/net").iterdir())
+    names = sorted(entry.name for entry in named.iterdir()) if named.is_dir() else ["-"]
+    return interfaces, str(Path("/proc/self/ns/net").readlink()), names
+
+
+async def probe() -> dict[str, net.Capability]:
+    return {item.name: item for item in await net.capabilities()}
+
+
+@pytest.mark.skipif(not (holds(SYS_ADMIN) and holds(NET_ADMIN)), reason="needs CAP_SYS_ADMIN and CAP_NET_ADMIN")
+async def test_a_privileged_probe_finds_devices_and_leaves_nothing() -> None:
+    before = inventory()
+    found = await probe()
+    assert inventory() == before
+    assert set(found) == {"tun", "bridge", "nftables", "bridge-helper"}
+    assert found["bridge"].ok, found["bridge"].why
+    if os.access("/dev/net/tun", os.R_OK | os.W_OK):
+        assert found["tun"].ok, found["tun"].why
+    if shutil.which("nft"):
+        assert found["nftables"].ok, found["nftables"].why
+
+
+async def test_whoever_asks_gets_a_reason_and_keeps_his_network() -> None:
+    before = inventory()
+    for item in (await probe()).values():
+        assert item.why
+        assert not item.ok or item.hint is None
+    assert inventory() == before
+
+
+@pytest.mark.skipif(not (holds(SYS_ADMIN) and holds(NET_ADMIN)), reason="needs CAP_SYS_ADMIN and CAP_NET_ADMIN")
+async def test_probes_at_the_same_time_do_not_meet() -> None:
+    results = await asyncio.gather(*(probe() for _ in range(8)))
+    assert all(found["bridge"].ok for found in results)
+    # A thread ends just after it has handed over its result.
+    for thread in threading.enumerate():
+        if thread.name == "network-probe":
+            await asyncio.to_thread(thread.join, 5)
+            assert not thread.is_alive()
+
+
+@pytest.mark.skipif(not (holds(SYS_ADMIN) and holds(NET_ADMIN)), reason="needs CAP_SYS_ADMIN and CAP_NET_ADMIN")
+async def test_without_a_namespace_the_host_itself_is_spared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(net, "_leave_network", lambda: "Operation not permitted")
+    before = inventory()
+    found = await probe()
+    assert inventory() == before
+    assert not found["bridge"].ok
+    assert "Operation not permitted" in found["bridge"].why

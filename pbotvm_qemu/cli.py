@@ -288,9 +288,7 @@ def execute(
     ] = None,
     stdin: Annotated[Optional[str], typer.Option("--stdin", help="Text for standard input, instead of ours.")] = None,
     file: Annotated[Optional[str], typer.Option("--file", help="Read the program from this file.")] = None,
-    put: Annotated[
-        list[str] | None, typer.Option("--put", help="PATH[:NAME]: put a file beside the program.")
-    ] = None,
+    put: Annotated[list[str] | None, typer.Option("--put", help="PATH[:NAME]: put a file beside the program.")] = None,
     get: Annotated[
         list[str] | None, typer.Option("--get", help="NAME[:PATH]: fetch a file that the program wrote.")
     ] = None,

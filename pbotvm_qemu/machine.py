@@ -377,6 +377,7 @@ class VirtualMachine:
         if monitor is None or hello is None:
             raise await self._launch_error("")
         self._monitor, self.hello = monitor, hello
+        stack.push_async_callback(self._quit)  # first on the way out, while the monitor is still connected
         self.ready_s = time.monotonic() - started
 
     async def _greet(self, within: float) -> Hello:
@@ -458,30 +459,24 @@ class VirtualMachine:
         self.hello = await self.channel.handshake(timeout)
         await self.channel.resume(self.name[:63].replace("_", "-").replace(".", "-"))
 
-    async def _reap(self) -> None:
-        """End QEMU: ask, then terminate, then kill."""
+    async def _quit(self) -> None:
+        """Ask QEMU to end by itself."""
         assert self._child
-        ladder: tuple[tuple[Callable[[], Awaitable[object]], float], ...] = (
-            (self._quit, 2.0),
-            (self._terminate, 2.0),
-            (self._child.kill, 10.0),
-        )
-        for ask, grace in ladder:
-            if self._child.status is not None:
-                return
-            with contextlib.suppress(PbotVMError):  # on to the next rung, never out of the ladder
-                await ask()
-                await self._child.wait(grace)
+        with contextlib.suppress(PbotVMError):  # it did not listen: _reap has other means
+            if self._child.status is None:
+                await self.monitor.execute("quit", timeout=2.0)
+                await self._child.wait(2.0)
+
+    async def _reap(self) -> None:
+        """End a QEMU that did not quit: terminate, then kill. Nothing of it is left when this returns."""
+        assert self._child
+        if self._child.status is None:
+            self._child.send(process.TERMINATE)
+            await self._child.wait(2.0)
+        if self._child.status is None:
+            await self._child.kill()
         if self._child.status is None:
             log.error("QEMU %d of machine %s cannot be killed", self.pid, self.name)
-
-    async def _quit(self) -> None:
-        if self._monitor:
-            await self._monitor.execute("quit", timeout=2.0)
-
-    async def _terminate(self) -> None:
-        assert self._child
-        self._child.send(signal.SIGTERM)
 
 
 async def _entered(stack: AsyncExitStack, manager: AbstractAsyncContextManager[T]) -> T:

@@ -94,7 +94,7 @@ def cached(qemu: str) -> Verdict | None:
         name, reason = table["verdict"]["name"], table["verdict"]["reason"]
     except (OSError, ValueError, KeyError, TypeError):
         return None  # missing, damaged or of another version: probing again costs seconds, trusting it could cost more
-    if name not in _ARGUMENTS or not isinstance(reason, str):
+    if name not in ("kvm", "tcg") or not isinstance(reason, str):
         return None
     return Verdict(name, reason, probed=True)
 

@@ -549,6 +549,9 @@ def pbot_spelling(arguments: list[str]) -> list[str]:
 
     Only what stands before the first word of the program is touched: `exec -lang=sh -args 'a b' echo -lang=x`.
     """
+    if "client" in arguments[:2]:  # everything after it belongs to the request
+        begin = arguments.index("client") + 1
+        return arguments if arguments[begin : begin + 1] in ([], ["--help"], ["-h"]) else _literally(arguments, begin)
     if "exec" not in arguments:
         return arguments
     begin = arguments.index("exec") + 1
@@ -560,6 +563,10 @@ def pbot_spelling(arguments: list[str]) -> list[str]:
         if "=" not in word and word.lstrip("-") in _WITH_VALUE and rest:
             changed.append(rest.pop(0))
     return changed + rest
+
+
+def _literally(arguments: list[str], begin: int) -> list[str]:
+    return [*arguments[:begin], "--", *arguments[begin:]]
 
 
 _WITH_VALUE = ("lang", "vm", "args", "arguments", "stdin", "file", "put", "get", "timeout", "output-limit")

@@ -72,8 +72,9 @@ async def capabilities() -> tuple[Capability, ...]:
 
     Each is tried under DEADLINE; one that fails is reported, never raised. Nothing stays on the host.
     """
-    tun_and_bridge, nftables = await asyncio.gather(_in_namespace(), _nftables())
-    return (*tun_and_bridge, nftables, _bridge_helper(_HELPERS, _ACLS))
+    # One after the other: a child that is being started holds a copy of the TAP's descriptor until its exec.
+    tun, bridge = await _in_namespace()
+    return tun, bridge, await _nftables(), _bridge_helper(_HELPERS, _ACLS)
 
 
 async def _in_namespace() -> tuple[Capability, Capability]:
@@ -120,7 +121,7 @@ def _tun() -> Capability:
         return Capability("tun", ok=False, why=f"{_TUN}: {exc.strerror}", hint="modprobe tun" if missing else _AS_ROOT)
     try:
         # The kernel replaces %d by the first free number.
-        fcntl.ioctl(descriptor, _TUNSETIFF, struct.pack("16sH22x", b"pbotvm%d", _IFF_TAP | _IFF_NO_PI))
+        fcntl.ioctl(descriptor, _TUNSETIFF, struct.pack("16sH22x", b"pbotvm-tap%d", _IFF_TAP | _IFF_NO_PI))
     except OSError as exc:
         return Capability("tun", ok=False, why=f"{_TUN} opens, but a TAP cannot be made: {exc.strerror}", hint=_AS_ROOT)
     finally:
@@ -136,7 +137,7 @@ def _bridge(refused: str | None) -> Capability:
             "bridge", ok=False, why=f"not tried: no network namespace to try it in ({refused})", hint=_AS_ROOT
         )
     try:
-        asyncio.run(asyncio.wait_for(_make_bridge("pbotvm0"), DEADLINE))
+        asyncio.run(asyncio.wait_for(_make_bridge("pbotvm-br"), DEADLINE))
     except TimeoutError:
         return Capability("bridge", ok=False, why=f"no answer from the kernel after {DEADLINE:.0f} s")
     except NetlinkError as exc:

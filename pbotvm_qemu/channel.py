@@ -11,7 +11,6 @@ import contextlib
 import itertools
 import os
 import secrets
-import signal
 import time
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Literal
@@ -80,15 +79,6 @@ class Outcome:
     def to_json(self) -> dict[str, object]:
         """Return the payload of an `exit` frame: everything but the files, which have frames of their own."""
         return {item.name: getattr(self, item.name) for item in fields(self) if item.name not in ("files", "missing")}
-
-    @property
-    def signal_name(self) -> str | None:
-        """Name of the signal that ended the program ("SIGKILL"), or None."""
-        if self.signal is None:
-            return None
-        with contextlib.suppress(ValueError):
-            return signal.Signals(self.signal).name
-        return f"signal {self.signal}"
 
 
 class _Pending:
@@ -356,8 +346,9 @@ class Channel:
 
 
 async def _nothing() -> AsyncIterator[bytes]:
-    return
-    yield b""
+    empty: tuple[bytes, ...] = ()
+    for piece in empty:
+        yield piece
 
 
 def _json(frame: wire.Frame) -> dict[str, object]:

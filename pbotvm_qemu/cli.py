@@ -233,7 +233,7 @@ def _run_keeper(work: Coroutine[object, object, None]) -> None:
     """Run a keeper, which handles SIGTERM and SIGINT itself."""
     if logging.getLogger().level > logging.INFO:
         logging.getLogger("pbotvm_qemu").setLevel(logging.INFO)
-    asyncio.run(work)  # type: ignore[arg-type]
+    asyncio.run(work)
 
 
 def _start(config: Config, *, relay: bool, arguments: list[str], as_json: bool) -> None:

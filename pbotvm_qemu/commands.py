@@ -12,7 +12,6 @@ import sys
 import time
 import uuid
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pbotvm_qemu import accel, channel, control, image, keeper, machine, paths, process, request, state
@@ -22,6 +21,7 @@ from pbotvm_qemu.languages import Language, Registry
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Sequence
+    from pathlib import Path
 
     from pbotvm_qemu.channel import OnOutput, Outcome
     from pbotvm_qemu.config import Config, MachineConfig
@@ -548,6 +548,8 @@ async def _prune_machine(name: str, *, dry_run: bool) -> list[Leftover]:
             async with state.lock(name, purpose="prune"):  # which kills the orphan and clears the record
                 if unfinished:
                     state.discard(name)
+                elif left and files.disk.exists():
+                    await image.repair_overlay(files.disk)
         except StateError:  # somebody began to use it just now
             return []
         if gone or unfinished:

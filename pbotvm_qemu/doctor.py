@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from pbotvm_qemu import accel, net, paths, process, qmp
+from pbotvm_qemu import accel, image, net, paths, process, qmp
 from pbotvm_qemu.config import LOOPBACK, format_size
-from pbotvm_qemu.errors import HostError, LaunchError, MonitorError, PbotVMError, tail
+from pbotvm_qemu.errors import HostError, ImageError, LaunchError, MonitorError, PbotVMError, tail
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -84,8 +84,9 @@ class Features:
 async def examine(config: Config, *, kernel: Path | None = None) -> tuple[Check, ...]:
     """Return all checks of this host for `config`, in a fixed order.
 
-    `kernel` is what the accelerator is tried with, when it is not yet known; None means the host's own.
+    `kernel` is what the accelerator is tried with, when it is not yet known; None means an image's, or the host's own.
     """
+    kernel = kernel or next(iter(sorted(paths.images().glob("*/vmlinuz"))), None)
     qemu = shutil.which(QEMU) or _elsewhere(QEMU)
     groups = await asyncio.gather(
         _guarded("cpu", _cpu),
@@ -96,6 +97,7 @@ async def examine(config: Config, *, kernel: Path | None = None) -> tuple[Check,
         _guarded("image-tools", _image_tools),
         _guarded("setpriv", _setpriv),
         _guarded("privileges", _privileges),
+        _guarded("images", _images),
         _guarded("disk", _disk),
         _guarded("memory", lambda: _memory(config)),
         _guarded("ports", lambda: _ports(config)),
@@ -365,6 +367,18 @@ def free_space(directory: Path) -> int:
     while not directory.exists() and directory != directory.parent:
         directory = directory.parent
     return shutil.disk_usage(directory).free
+
+
+async def _images() -> list[Check]:
+    """Compare every byte of the images in the cache with their manifests."""
+    good = 0
+    for id_ in sorted(image.built()):
+        try:
+            await asyncio.to_thread(image.Image.load(id_).verify)
+        except ImageError as exc:
+            return [Check("images", "fail", str(exc), exc.hint)]
+        good += 1
+    return [Check("images", "ok", f"{good} in {paths.images()}, every byte as built" if good else "none was built yet")]
 
 
 async def _memory(config: Config) -> list[Check]:

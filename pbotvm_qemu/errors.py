@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 USAGE = 2
 OURS = 125
-TIMED_OUT = 124
 
 
 class PbotVMError(Exception):

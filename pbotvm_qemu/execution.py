@@ -116,7 +116,7 @@ def _put(item: str) -> tuple[str, bytes]:
     if not colon:
         path, name = item, Path(item).name
     try:
-        with open(path, "rb") as stream:
+        with Path(path).open("rb") as stream:
             data = stream.read(wire.FILES_BYTES_MAX + 1)
     except OSError as exc:
         raise UsageError(f"cannot read {path}: {exc.strerror}", hint="write --put PATH[:NAME]") from exc

@@ -346,7 +346,7 @@ async def _make_root(archive: Path, work: Path, progress: Progress) -> int:
         process.find_program("mke2fs", package="e2fsprogs"),
         "-q", "-F", "-t", "ext4", "-L", "pbotvm", "-m", "0", "-b", "4096", "-i", "16384",
         # No journal: a machine is thrown away, never recovered. 64bit and resize_inode let a larger disk be filled.
-        "-O", "^has_journal,64bit,resize_inode,^metadata_csum,^orphan_file" if _knows_orphan_file() else "^has_journal,64bit,resize_inode,^metadata_csum",
+        "-O", "^has_journal,64bit,resize_inode,^metadata_csum" + (",^orphan_file" if _knows_orphan_file() else ""),
         "-E", "lazy_itable_init=1,nodiscard,root_owner=0:0",
         "-d", str(tree), str(raw), f"{size >> 10}k",
     ]  # fmt: skip
@@ -426,8 +426,8 @@ def write_initramfs(image: Image, target: Path) -> str:
     The kernel unpacks archives that stand one after another, so the agent is simply appended.
     """
     agent = [("agent/start", 0o755, (paths.recipes() / "initramfs/start").read_bytes())]
-    for file in sorted(paths.guest_package().glob("*.py")):
-        agent.append((f"agent/guest/{file.name}", 0o644, file.read_bytes()))
+    sources = sorted(paths.guest_package().glob("*.py"))
+    agent += [(f"agent/guest/{source.name}", 0o644, source.read_bytes()) for source in sources]
     data = image.boot.read_bytes() + cpio(agent)
     temporary = target.with_suffix(".tmp")
     temporary.write_bytes(data)

@@ -137,8 +137,8 @@ def devices(plan: Plan, descriptors: Descriptors) -> list[str]:
         "-device", "virtio-serial-pci,id=virtio-serial0,max_ports=4",
         "-chardev", f"socket,id=agent,fd={descriptors.agent}",
         "-device", f"virtserialport,bus=virtio-serial0.0,nr=1,chardev=agent,name={_AGENT_PORT}",
-        "-chardev", f"socket,id=console,path={escape(plan.console_socket)},server=on,wait=off,"
-                    f"logfile={escape(plan.console_log)},logappend=on",
+        "-chardev", (f"socket,id=console,path={escape(plan.console_socket)},server=on,wait=off,"
+                    f"logfile={escape(plan.console_log)},logappend=on"),
         "-device", "isa-serial,chardev=console,index=0",
         "-chardev", _tcp("serial", config.serial),
         "-device", "isa-serial,chardev=serial,index=2,irq=5",  # not ISA's irq 4, which the console has

@@ -183,15 +183,6 @@ def usage(pid: int) -> Usage | None:
         return None
 
 
-def find_processes(marker: str) -> list[Identity]:
-    """Return the live processes that have `marker` as one of their arguments."""
-    found = []
-    for process in psutil.process_iter(["cmdline"]):
-        if marker in (process.info["cmdline"] or ()) and (identity := Identity.of(process.pid)):
-            found.append(identity)
-    return found
-
-
 def memory_available() -> int:
     """Return the bytes of host memory that new processes can have without swapping."""
     return int(psutil.virtual_memory().available)

@@ -54,18 +54,6 @@ class Monitor:
             async with asyncio.timeout(timeout):
                 return await self._client.execute(command, named)
 
-    @asynccontextmanager
-    async def expect(self, *events: str, timeout: float = 30.0) -> AsyncIterator[None]:
-        """Run the body, then wait until one of `events` has come. Subscribes before the body, so none is missed.
-
-        Raises MonitorError when none came within `timeout` seconds after the body.
-        """
-        with self._client.listener(events) as listener:
-            yield
-            with _translate(f"waiting for {' or '.join(events)}"):
-                async with asyncio.timeout(timeout):
-                    await listener.get()
-
     async def job(self, command: str, *, timeout: float, **arguments: object) -> None:
         """Start `command` as a QEMU job, and wait for its end.
 

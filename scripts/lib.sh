@@ -143,8 +143,11 @@ run_apt() {
     fi
 }
 
-as_root_hint() { # PACKAGE...
-    printf '    apt-get update\n    apt-get install -y --no-install-recommends %s\n' "$*" >&2
+# Ends with what an administrator has to type.
+die_for_root() { # REASON
+    say "$1; run this as root, then type $0 again:"
+    printf '    %s\n' "apt-get update" "apt-get install -y --no-install-recommends ${packages# }" >&2
+    exit 1
 }
 
 without_apt() {
@@ -172,28 +175,21 @@ set_up_host() { # python | run | test
     have apt-get || without_apt
 
     say "this host lacks:$missing"
-    if [ "$(id -u)" != 0 ] && ! have sudo; then
-        [ -z "$lacks_python" ] || packages="$(apt_python)$packages" || no_python
-        say "there is no sudo here to install that with; run this as root, then type $0 again:"
-        # shellcheck disable=SC2086  # a list of words
-        as_root_hint $packages
-        exit 1
-    fi
     if [ "$(id -u)" != 0 ]; then
-        say "installing needs root: sudo may ask for your password"
+        ! have sudo || say "installing needs root: sudo may ask for your password"
+        if ! have sudo || ! sudo env true; then
+            [ -z "$lacks_python" ] || packages="$(apt_python)$packages" || no_python
+            die_for_root "there is no sudo here that lets you install that"
+        fi
     fi
     say "reading the package lists (apt-get update)"
     run_apt update || say "apt-get update failed (see above); trying with the lists that are there"
     [ -z "$lacks_python" ] || packages="$(apt_python)$packages" || no_python
     say "installing these packages, and what they depend on: ${packages# }"
-    # shellcheck disable=SC2086
-    if ! run_apt install -y --no-install-recommends $packages; then
-        say "apt-get could not install them; its reason is above. Does it not know a package, then its part of the" \
-            "archive is off (Ubuntu: add-apt-repository universe). Is it the right to, run this as root, then type $0 again:"
-        # shellcheck disable=SC2086
-        as_root_hint $packages
-        exit 1
-    fi
+    # shellcheck disable=SC2086  # a list of words
+    run_apt install -y --no-install-recommends $packages ||
+        die "apt-get could not install them; its reason is above. If it does not know a package, its part of the" \
+            "archive is switched off (on Ubuntu: add-apt-repository universe); mend that, then type $0 again"
     find_missing "$1"
     [ -z "$missing" ] || die "still missing after the packages were installed:$missing"
     [ -z "$lacks_python" ] || find_python || no_python

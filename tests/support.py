@@ -76,7 +76,9 @@ def stop_all(env: dict[str, str]) -> None:
         cli(env, "stop", machine["name"])
 
 
-def cli(env: dict[str, str], *arguments: str, data: bytes | None = None, timeout: float = LONG) -> subprocess.CompletedProcess[bytes]:
+def cli(
+    env: dict[str, str], *arguments: str, data: bytes | None = None, timeout: float = LONG
+) -> subprocess.CompletedProcess[bytes]:
     """Call the command line and return how it ended."""
     return subprocess.run(
         [*PROGRAM, *arguments],

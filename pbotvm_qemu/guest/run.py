@@ -305,7 +305,7 @@ class Run:
                 os.killpg(self._pid, signal.SIGKILL)
 
     def _finish(self) -> None:
-        """The program ended or must end: kill what is left of it, and send what it still had to say."""
+        """Kill what is left of a program that ended or must end, and send what it still had to say."""
         self._stage = _Stage.DRAINING
         self._ended = time.monotonic()
         if self._timer:
@@ -510,8 +510,7 @@ class Run:
     def _remove(self, tries: int = 100) -> None:
         """Remove group and directory; the kernel needs a moment until killed processes are out of the group."""
         gone = self._cgroup is None or self._cgroup.remove()
-        if self._pidfd >= 0 or not gone:
-            if tries:
-                self._loop.after(0.02, lambda: self._remove(tries - 1))
-                return
+        if (self._pidfd >= 0 or not gone) and tries:
+            self._loop.after(0.02, lambda: self._remove(tries - 1))
+            return
         system.remove_tree(self._directory)

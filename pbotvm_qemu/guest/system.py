@@ -147,10 +147,6 @@ class Cgroup:
         """Kill every process in the group."""
         self._write("cgroup.kill", "1")
 
-    def empty(self) -> bool:
-        """Tell whether no process is left in the group."""
-        return self._table("cgroup.events").get("populated", 0) == 0
-
     def oom_kills(self) -> int:
         """Return how many processes the kernel killed because memory ran out."""
         return self._table("memory.events").get("oom_kill", 0)

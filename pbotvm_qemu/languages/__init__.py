@@ -1,4 +1,4 @@
-"""The registry of languages: one TOML file each, beside this module and in the operator's configuration folder.
+r"""The registry of languages: one TOML file each, beside this module and in the operator's configuration folder.
 
 `perl.toml`, for example:
 

@@ -70,7 +70,9 @@ def test_a_config_file_with_an_unknown_key_is_named(vm_env: Env, tmp_path: Path)
     folder = tmp_path / "pbotvm-qemu"
     folder.mkdir()
     (folder / "config.toml").write_text("[limits]\nwal = 3\n")
-    assert_refused(cli(vm_env | {"XDG_CONFIG_HOME": str(tmp_path)}, "exec", "-lang=sh", "true"), 2, "config.toml", "'wal'")
+    assert_refused(
+        cli(vm_env | {"XDG_CONFIG_HOME": str(tmp_path)}, "exec", "-lang=sh", "true"), 2, "config.toml", "'wal'"
+    )
 
 
 def test_a_bad_environment_variable_is_named(vm_env: Env) -> None:
@@ -150,7 +152,7 @@ def test_ctrl_c_during_create_leaves_nothing(vm_env: Env) -> None:
     assert child.returncode == 130
     assert b"Traceback" not in err
     assert not (machine_folder(vm_env).parent / "interrupted").exists()
-    assert not [pid for pid in qemus("guest=interrupted")]
+    assert not list(qemus("guest=interrupted"))
 
 
 def test_create_killed_in_the_middle_is_named_and_removed_by_prune(vm_env: Env) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-import sys
+import re
 import time
 from pathlib import Path
 
@@ -94,8 +94,7 @@ async def test_qemu_that_ends_means_tcg_and_is_named(host: Host, script: str, re
     host.behave(script)
     verdict = await host.choose()
     assert (verdict.name, verdict.probed) == ("tcg", True)
-    with pytest.raises(AssertionError, match=reason):
-        raise AssertionError(verdict.reason)
+    assert re.search(reason, verdict.reason)
 
 
 async def test_internal_error_ends_the_wait(host: Host) -> None:
@@ -192,9 +191,13 @@ async def test_another_qemu_or_cpu_or_kernel_is_tried_anew(host: Host, monkeypat
 
 @pytest.mark.parametrize(
     "damage",
-    ["", "{", "[]", "null", '{"key": 1}', "\udcff", '{"key": KEY}', '{"key": KEY, "verdict": {"name": "xen", "reason": ""}}',
-     '{"key": KEY, "verdict": {"name": ["kvm"], "reason": ""}}', '{"key": KEY, "verdict": {"name": "kvm", "reason": 1}}',
-     '{"key": KEY, "verdict": []}'],
+    [
+        "", "{", "[]", "null", '{"key": 1}', "\udcff", '{"key": KEY}',
+        '{"key": KEY, "verdict": []}',
+        '{"key": KEY, "verdict": {"name": "xen", "reason": ""}}',
+        '{"key": KEY, "verdict": {"name": ["kvm"], "reason": ""}}',
+        '{"key": KEY, "verdict": {"name": "kvm", "reason": 1}}',
+    ],
 )  # fmt: skip
 async def test_a_damaged_file_is_not_believed(host: Host, damage: str) -> None:
     file = paths.accelerator_verdicts()
@@ -224,11 +227,14 @@ async def test_only_the_verdict_is_left_behind(host: Host, tmp_path: Path, monke
     scratch = tmp_path / "tmp"
     scratch.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(scratch))
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
     host.behave("echo dumped > core; exit 1")
     await host.choose()
     assert not list(scratch.iterdir())
     assert [file.name for file in paths.cache_dir().iterdir()] == ["accelerator.json"]
-    assert not Path("core").exists()
+    assert not list(here.iterdir())
 
 
 def test_arguments() -> None:
@@ -238,9 +244,3 @@ def test_arguments() -> None:
     assert len(accel.arguments("kvm")) == 4
     with pytest.raises(HostError, match="xen"):
         accel.arguments("xen")
-
-
-def test_the_cpu_has_a_name() -> None:
-    if not sys.platform.startswith("linux"):
-        pytest.skip("reads /proc")
-    assert accel.cpu_model().strip()

@@ -20,7 +20,7 @@ SCRIPTS = [*TYPED, ROOT / ".ci/run"]
 SHELL = shutil.which("dash") or "/bin/sh"
 
 # Ordinary tools of every host: the real ones. Everything else in a test is a stub.
-TOOLS = ["cat", "chmod", "cksum", "cp", "date", "dirname", "env", "mkdir", "mv", "rm", "sed", "tr"]
+TOOLS = ["cat", "chmod", "cksum", "cp", "date", "dirname", "env", "mkdir", "mv", "rm", "sed", "tr", "true"]
 HOST = [
     "qemu-system-x86_64",
     "qemu-img",
@@ -244,8 +244,7 @@ def test_an_ordinary_user_installs_through_sudo(host: Host) -> None:
     host.stub("apt-get", f"case $* in *install*) : >{host.bin}/fakeroot; chmod +x {host.bin}/fakeroot ;; esac")
     done = host.run("setup")
     assert done.returncode == 0, done.stderr
-    assert len(host.calls("sudo")) == 2
-    assert all("DEBIAN_FRONTEND=noninteractive" in call for call in host.calls("sudo"))
+    assert sum("DEBIAN_FRONTEND=noninteractive apt-get" in call for call in host.calls("sudo")) == 2
     assert host.calls("apt-get")[1].endswith(" fakeroot")
 
 
@@ -284,6 +283,17 @@ def test_sudo_that_refuses_ends_with_the_line_for_root(host: Host) -> None:
     done = host.run("setup")
     assert done.returncode == 1
     assert "    apt-get install -y --no-install-recommends qemu-utils\n" in done.stderr
+    assert len(host.calls("sudo")) == 1, "asked for the password once, not twice"
+
+
+def test_apt_that_fails_ends_the_set_up(host: Host) -> None:
+    host.complete()
+    (host.bin / "qemu-img").unlink()
+    host.stub("apt-get", "exit 100")
+    done = host.run("setup")
+    assert done.returncode == 1
+    assert "apt-get could not install them" in done.stderr
+    assert not made(host)
 
 
 def test_without_apt_the_missing_programs_are_listed(host: Host) -> None:

@@ -121,7 +121,7 @@ SPOILERS = {
     "files": "echo x > /tmp/mark; echo x > /home/vm/*/mark; echo x > ~/mark; echo x > /dev/shm/mark; sleep 1000 &",
     "a full disk": "while head -c 100000000 /dev/zero > ~/$((i=i+1)) && head -c 1000 /dev/zero >> /tmp/fill; do :; done",
     "a fork bomb": "f() { f | f & f; }; f; while :; do :; done",
-    "all memory": "python3 -c 'a = []\nwhile True: a.append(b"x" * 10**7)'",
+    "all memory": "python3 -c 'a = []\nwhile True: a.append(b\"x\" * 10**7)'",
 }
 
 
@@ -138,7 +138,7 @@ def test_whatever_a_run_does_the_next_one_starts_clean(vm_env: Env, what: str) -
 
 
 def test_memory_and_process_limits_are_named(vm_env: Env) -> None:
-    eater = "a = []\nwhile True: a.append(b"x" * 10**7)"
+    eater = "a = []\nwhile True: a.append(b'x' * 10**7)"
     assert cli_json(vm_env, "exec", "--json", "--timeout", "60", "-lang=python3", eater)["limit"] == "memory"
     forker = "import os\nwhile True:\n    if not os.fork():\n        import time; time.sleep(100)"
     assert cli_json(vm_env, "exec", "--json", "--timeout", "60", "-lang=python3", forker)["limit"] == "processes"
@@ -176,7 +176,9 @@ def test_the_report_holds_every_field(vm_env: Env) -> None:
     report = cli_json(vm_env, "exec", "--json", "-lang=sh", "echo hi; printf '\\377' >&2")
     assert report["stdout"] == "hi\n"
     assert report["stderr_base64"] == "/w=="
-    assert set(json.loads('["language","stdout","stderr","output","exit_code","signal","timed_out","truncated"]')) <= set(report)
+    assert set(
+        json.loads('["language","stdout","stderr","output","exit_code","signal","timed_out","truncated"]')
+    ) <= set(report)
     assert report["transport"] == "virtio-serial"
     assert report["revert"] == "restart"
     assert report["wall_s"] > 0

@@ -131,7 +131,10 @@ def test_a_second_keeper_is_refused(kept_env: Env) -> None:
 
 def test_qemu_killed_in_the_middle_of_a_run_is_told_and_mended(kept_env: Env) -> None:
     child = subprocess.Popen(
-        [*PROGRAM, "exec", "-lang=sh", "echo begun; sleep 60"], env=kept_env, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [*PROGRAM, "exec", "-lang=sh", "echo begun; sleep 60"],
+        env=kept_env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
     assert child.stdout
     assert child.stdout.readline() == b"begun\n"
@@ -152,7 +155,9 @@ def test_an_idle_qemu_that_dies_is_replaced_and_counted(kept_env: Env) -> None:
 
 
 def test_a_caller_who_hangs_up_ends_his_program(kept_env: Env) -> None:
-    child = subprocess.Popen([*PROGRAM, "exec", "-lang=sh", "echo begun; sleep 600"], env=kept_env, stdout=subprocess.PIPE)
+    child = subprocess.Popen(
+        [*PROGRAM, "exec", "-lang=sh", "echo begun; sleep 600"], env=kept_env, stdout=subprocess.PIPE
+    )
     assert child.stdout
     child.stdout.readline()
     child.send_signal(signal.SIGKILL)
@@ -176,10 +181,14 @@ def test_a_killed_keeper_leaves_no_qemu_and_the_next_one_works(vm_env: Env) -> N
 
 
 def test_sigterm_lets_the_running_program_end(vm_env: Env) -> None:
-    keeper = subprocess.Popen([*PROGRAM, "run", "--json"], env=vm_env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    keeper = subprocess.Popen(
+        [*PROGRAM, "run", "--json"], env=vm_env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
     assert keeper.stdout
     assert json.loads(keeper.stdout.readline())["state"] == "running"
-    child = subprocess.Popen([*PROGRAM, "exec", "-lang=sh", "echo begun; sleep 1; echo done"], env=vm_env, stdout=subprocess.PIPE)
+    child = subprocess.Popen(
+        [*PROGRAM, "exec", "-lang=sh", "echo begun; sleep 1; echo done"], env=vm_env, stdout=subprocess.PIPE
+    )
     assert child.stdout
     assert child.stdout.readline() == b"begun\n"
     keeper.send_signal(signal.SIGTERM)

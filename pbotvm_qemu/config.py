@@ -174,7 +174,10 @@ def _value(table: str, name: str, raw: object, default: object, source: str) -> 
     what = f"{source}: {name.replace('_', '-')}"
     value: object = raw
     if (table, name) in _SIZES and isinstance(raw, str):
-        value = parse_size(raw, what)
+        try:
+            value = parse_size(raw)
+        except UsageError as exc:
+            raise ConfigError(f"{what}: {exc}", hint=exc.hint) from exc
     elif isinstance(default, int | float) and isinstance(raw, str):
         try:
             value = type(default)(raw)
@@ -189,7 +192,10 @@ def _value(table: str, name: str, raw: object, default: object, source: str) -> 
         if not low <= value <= high:
             raise ConfigError(f"{what} is {raw}, out of range", hint=f"use a value from {low} to {high}")
     if (table, name) == ("machine", "name") and isinstance(value, str):
-        machine_name(value)
+        try:
+            machine_name(value)
+        except UsageError as exc:
+            raise ConfigError(f"{what}: {exc}", hint=exc.hint) from exc
     if (table, name) == ("machine", "cid") and value in (1, 2):
         raise ConfigError(f"{what} {value} is reserved", hint="use 0 for none, or 3 and above (vsock(7))")
     return value
@@ -247,8 +253,8 @@ def _read(file: Path) -> dict[str, dict[str, object]]:
         raise ConfigError(f"cannot read {file}: {exc}", hint="fix or remove the file") from exc
     try:
         tables = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as exc:
-        raise ConfigError(f"{file}: {exc}", hint="fix the file; it is TOML") from exc
+    except (tomllib.TOMLDecodeError, RecursionError) as exc:
+        raise ConfigError(f"{file}: {str(exc)[:200]}", hint="fix the file; it is TOML") from exc
     for name, table in tables.items():
         if not isinstance(table, dict):
             raise ConfigError(

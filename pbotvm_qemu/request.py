@@ -26,6 +26,7 @@ DEFAULT_LANGUAGE = "sh"
 _LEADING = re.compile(r"\s*--?(lang|vm)=(\S+)\s*")
 _ARGUMENTS = re.compile(r"--?(?:args|arguments)")
 _ESCAPE = re.compile(r"(?<!\\)\\(?:([nrtb])|x([0-9A-Fa-f]{1,8})|([0-7]{1,11}))")
+_OPTION = re.compile(r"\s*(-\S+)(?:\s+|$)")
 _SIMPLE = {"n": "\n", "r": "\r", "t": "\t", "b": "\b"}
 
 
@@ -64,7 +65,8 @@ def parse_line(line: str) -> Request:
 
 def _text(fields: dict[str, object], key: str) -> str:
     value = fields.get(key)
-    return value if isinstance(value, str) else ""
+    # JSON can spell half a surrogate pair, which no program could be given.
+    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else ""
 
 
 def parse_code(code: str, base: Request) -> Request:
@@ -74,10 +76,12 @@ def parse_code(code: str, base: Request) -> Request:
     dash that are then in front are options for the compiler or interpreter. Raises UsageError for empty code.
     """
     request = base
-    while match := _LEADING.match(code):
-        value = match[2].lower()
-        request = replace(request, language=value) if match[1] == "lang" else replace(request, machine=match[2])
-        code = code[match.end() :]
+    position = 0
+    while match := _LEADING.match(code, position):
+        named = {"language": match[2].lower()} if match[1] == "lang" else {"machine": match[2]}
+        request = replace(request, **named)
+        position = match.end()
+    code = code[position:]
     code, arguments = _take_arguments(code)
     if arguments is not None:
         request = replace(request, arguments=split_arguments(_unquote(arguments)))
@@ -86,9 +90,11 @@ def parse_code(code: str, base: Request) -> Request:
         code = head.removesuffix("-").rstrip(" ")
         request = replace(request, stdin=expand_escapes(tail[1:] if tail[:1] in (" ", "=") else tail))
     options = []
-    while match := re.match(r"\s*(-\S+)(?:\s+|$)", code):
+    position = 0
+    while match := _OPTION.match(code, position):
         options.append(_unquote(match[1]))
-        code = code[match.end() :]
+        position = match.end()
+    code = code[position:]
     if options:
         request = replace(request, options=tuple(options))
     if not code.strip():

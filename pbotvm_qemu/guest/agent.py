@@ -16,6 +16,7 @@ from .wire import FrameType
 
 RELEASE = "1"
 _HOSTNAME_MAX = 63
+_MESSAGE_MAX = 1000
 _BEAT = 4.0  # seconds; the predecessor calls a machine dead after 5
 
 
@@ -139,7 +140,9 @@ class Agent:
             run.close()
 
     def _error(self, id_: int, code: str, message: str) -> None:
-        self._port.send(wire.encode_json(FrameType.ERROR, id_, {"code": code, "message": message}), urgent=True)
+        self._port.send(
+            wire.encode_json(FrameType.ERROR, id_, {"code": code, "message": message[:_MESSAGE_MAX]}), urgent=True
+        )
 
 
 class Heartbeat:
@@ -181,6 +184,7 @@ def main(arguments: list[str] | None = None) -> None:
         system.be_first()
     if "fd" in options:
         fd, transport = int(options["fd"]), "socket"
+        os.set_inheritable(fd, False)
     else:
         fd, transport = os.open(system.find_port(options["port"]), os.O_RDWR | os.O_NONBLOCK), "virtio-serial"
     Agent(loop, fd, owner, transport=transport)

@@ -297,6 +297,9 @@ class Run:
             self._finish()
 
     def _kill(self) -> None:
+        if self._pidfd >= 0:  # it may not have got as far as its group
+            with contextlib.suppress(OSError):
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
         if self._cgroup:
             with contextlib.suppress(OSError):
                 self._cgroup.kill()
@@ -413,6 +416,8 @@ class Run:
         self._stage = _Stage.COLLECTING
         for name in self._spec.collect:
             self._announce(name)
+            if self.done:  # the host went away while we sent
+                return
         self._send_files()
 
     def _announce(self, name: str) -> None:
@@ -447,6 +452,8 @@ class Run:
             if self._file != fd:
                 self._file = fd
                 self._port.send(wire.encode_json(FrameType.FILE, self._id, {"name": name, "size": left}))
+                if self.done:  # the host went away while we sent
+                    return
             while left:
                 if self._port.full or self._room <= 0:
                     self._sending[0] = (name, fd, left)
@@ -456,6 +463,8 @@ class Run:
                 left -= len(data)
                 self._room -= wire.cost(data)
                 self._port.send(wire.encode(FrameType.DATA, self._id, data))
+                if self.done:
+                    return
             os.close(fd)
             self._file = -1
             self._sending.popleft()

@@ -82,8 +82,8 @@ def parse(name: str, text: str, where: str) -> Language:
     """
     try:
         table = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as exc:
-        raise ConfigError(f"{where}: {exc}", hint="fix the file; it is TOML") from exc
+    except (tomllib.TOMLDecodeError, RecursionError) as exc:
+        raise ConfigError(f"{where}: {str(exc)[:200]}", hint="fix the file; it is TOML") from exc
     if not _NAME.fullmatch(name):
         raise ConfigError(f"{where}: {name!r} cannot name a language", hint="use small letters, digits and + . _ -")
     if unknown := sorted(set(table) - _KEYS):

@@ -7,12 +7,15 @@ import logging
 import os
 import re
 import time
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from pbotvm_qemu import accel, paths
 from pbotvm_qemu.errors import HostError
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 PANIC = "[    1.2] Kernel panic - not syncing: VFS: Unable to mount root fs on unknown-block(0,0)"
 MSR = "qemu-system-x86_64: error: failed to set MSR 0x10a to 0x69"

@@ -236,7 +236,7 @@ async def test_kvm_must_also_be_open_to_who_runs_qemu(
 # the rest of the host -----------------------------------------------------------------------------------------------
 
 
-async def test_free_ports(listener: int) -> None:
+async def test_free_ports() -> None:
     (check,) = await doctor._ports(ports(unused_port(), 0, 0))
     assert check.status == "ok"
     (check,) = await doctor._ports(ports(0, 0, 0))
@@ -350,7 +350,7 @@ async def test_network_problems_only_warn(monkeypatch: pytest.MonkeyPatch) -> No
 # all of it ----------------------------------------------------------------------------------------------------------
 
 NAMES = ["cpu", "kvm", "qemu", "qemu-features", "vhost-vsock", "tun", "bridge", "nftables", "bridge-helper",
-         "image-tools", "setpriv", "privileges", "disk", "memory", "ports"]  # fmt: skip
+         "image-tools", "setpriv", "privileges", "images", "disk", "memory", "ports"]  # fmt: skip
 
 
 @pytest.fixture

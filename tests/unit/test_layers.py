@@ -130,7 +130,9 @@ def test_nobody_calls_a_shell(path: Path) -> None:
 def test_only_the_command_line_prints_and_exits(path: Path) -> None:
     if module_of(path) == "cli":
         return
-    called = {ast.unparse(node.func) for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.Call)}
+    called = {
+        ast.unparse(node.func) for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.Call)
+    }
     assert not called & {"print", "sys.exit", "exit", "typer.echo"}
 
 
@@ -139,5 +141,9 @@ def test_subprocesses_go_through_one_door(path: Path) -> None:
     if module_of(path) == "process":
         return
     assert "subprocess" not in imported(path)
-    called = {ast.unparse(node.func) for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.Call)}
-    assert not {name for name in called if name.startswith(("os.exec", "os.spawn", "os.fork", "asyncio.create_subprocess"))}
+    called = {
+        ast.unparse(node.func) for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.Call)
+    }
+    assert not {
+        name for name in called if name.startswith(("os.exec", "os.spawn", "os.fork", "asyncio.create_subprocess"))
+    }

@@ -78,8 +78,10 @@ def parse_code(code: str, base: Request) -> Request:
     request = base
     position = 0
     while match := _LEADING.match(code, position):
-        named = {"language": match[2].lower()} if match[1] == "lang" else {"machine": match[2]}
-        request = replace(request, **named)
+        if match[1] == "lang":
+            request = replace(request, language=match[2].lower())
+        else:
+            request = replace(request, machine=match[2])
         position = match.end()
     code = code[position:]
     code, arguments = _take_arguments(code)

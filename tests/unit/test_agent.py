@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections import deque
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -414,7 +414,7 @@ LIMITS = wants(["true"]).limits._asdict()
     ],
     ids=lambda changes: json.dumps(changes, default=str)[:60],
 )
-def test_malformed_run_is_refused_and_harms_nobody(agent: Agent, changes: dict[str, object]) -> None:
+def test_malformed_run_is_refused_and_harms_nobody(agent: Agent, changes: dict[str, Any]) -> None:
     assert agent.refusal(run_frame(**changes))["code"] == "bad-request"
     assert agent.directories() == []
     assert agent.answers()

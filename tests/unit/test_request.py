@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 
@@ -224,7 +225,5 @@ def test_bytes_that_are_no_utf8_reach_the_program_unchanged() -> None:
 
 @pytest.mark.parametrize("line", ['{"code":"\\ud800"}', '{"code":"x","arguments":"\\ud800"}'])
 def test_half_a_character_in_json_is_wrong_usage_or_replaced(line: str) -> None:
-    try:
+    with contextlib.suppress(UsageError):
         request.render(parse_line(line), SH, Limits(), stdin=False)
-    except UsageError:
-        pass

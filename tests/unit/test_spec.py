@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from typing import Any
 
@@ -16,7 +17,7 @@ LIMITS: dict[str, object] = {
 }  # fmt: skip
 LEAST: dict[str, object] = {"steps": [["true"]], "limits": LIMITS}
 # What JSON can carry, with the surrogates by which Python stands for bytes that are no UTF-8.
-words = st.text(st.characters(blacklist_categories=("Cs",), blacklist_characters="\0"), max_size=20)
+words = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=20)
 names = words.filter(lambda word: bool(word) and "/" not in word and word not in (".", ".."))
 specs = st.builds(
     spec.RunSpec,
@@ -66,10 +67,8 @@ anything: Any = st.recursive(
 
 @given(st.sampled_from(["files", "steps", "env", "limits", "collect"]), anything)
 def test_any_json_is_accepted_or_refused(key: str, value: object) -> None:
-    try:
-        spec.parse(LEAST | {key: value})
-    except spec.BadRequestError as exc:
-        assert str(exc)
+    with contextlib.suppress(spec.BadRequestError):
+        assert spec.parse(LEAST | {key: value}).steps
 
 
 @pytest.mark.parametrize("name", ["prog.c", "-rf", " ", "...", "a b", "ü", "x" * 255, "\udcff"])

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from pbotvm_qemu import accel, image, net, paths, process, qmp
+from pbotvm_qemu import accel, image, machine, net, paths, process, qmp
 from pbotvm_qemu.config import LOOPBACK, format_size
 from pbotvm_qemu.errors import HostError, ImageError, LaunchError, MonitorError, PbotVMError, tail
 
@@ -34,12 +34,10 @@ Status = Literal["ok", "warn", "fail"]
 QEMU = "qemu-system-x86_64"
 QEMU_PACKAGE = "qemu-system-x86"
 QEMU_OLDEST = (7, 2)  # what the project is tested with
-SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 USER = "pbotvm"
 
 _QMP_TIMEOUT = 10.0  # seconds for QEMU to start, and for each answer
 _VSOCK = Path("/dev/vhost-vsock")
-_DISK_FAIL = 2 << 30  # bytes
 _DISK_WARN = 8 << 30
 _OVERHEAD = 256 << 20  # bytes of host memory for QEMU itself, translated code included
 
@@ -227,7 +225,7 @@ async def ask_qemu(qemu: str) -> Features:
     problem = None
     async with AsyncExitStack() as stack:
         try:
-            monitor = await stack.enter_async_context(_bare_qemu(qemu, ["-sandbox", SANDBOX]))
+            monitor = await stack.enter_async_context(_bare_qemu(qemu, ["-sandbox", machine.SANDBOX]))
         except LaunchError as exc:
             monitor = await stack.enter_async_context(_bare_qemu(qemu, []))
             problem = exc.log_tail or str(exc)
@@ -350,9 +348,9 @@ async def _disk() -> list[Check]:
     least = min(free.values())
     detail = ", ".join(f"{format_size(count)} free for {directory}" for directory, count in free.items())
     hint = "free some space, or point XDG_DATA_HOME and XDG_CACHE_HOME elsewhere"
-    if least < _DISK_FAIL:
+    if least < image.FREE_MIN:
         return [
-            Check("disk", "fail", f"{detail}; less than {format_size(_DISK_FAIL)} is too little for an image", hint)
+            Check("disk", "fail", f"{detail}; less than {format_size(image.FREE_MIN)} is too little for an image", hint)
         ]
     if least < _DISK_WARN:
         return [Check("disk", "warn", f"{detail}; {format_size(_DISK_WARN)} is comfortable", hint)]

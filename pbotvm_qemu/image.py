@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 _FORMAT = 1  # of the folder; a change makes every image anew
 _BUILD_TIMEOUT = 3600.0  # seconds for mmdebstrap, mirror included
 _STEP_TIMEOUT = 900.0
-_FREE_MIN = 3 << 30  # bytes that a build needs on the cache's file system
+FREE_MIN = 3 << 30  # bytes that a build needs on the cache's file system
 _FILES = ("root.qcow2", "vmlinuz", "boot.cpio")
 
 # What mmdebstrap says at the begin of a stage, our name for it, and how much of the build is done by then.
@@ -208,9 +208,9 @@ def _alone(lock: Path) -> Iterator[None]:
 
 async def _build(recipe: Recipe, progress: Progress) -> Image:
     free = shutil.disk_usage(paths.images()).free
-    if free < _FREE_MIN:
+    if free < FREE_MIN:
         raise HostError(
-            f"{paths.images()} has {config.format_size(free)} of free space, an image needs {config.format_size(_FREE_MIN)}",
+            f"{paths.images()} has {config.format_size(free)} of free space, an image needs {config.format_size(FREE_MIN)}",
             hint="free some space, or set XDG_CACHE_HOME to a larger disk",
         )
     work = Path(tempfile.mkdtemp(prefix=".building-", dir=paths.images()))

@@ -54,6 +54,7 @@ _AGENT_PORT = "org.pbotvm.agent"
 _VSOCK = "/dev/vhost-vsock"
 _LOG_MAX = 1 << 20  # bytes; a longer log is put aside before the next start
 _SYSTEM_USERS = ("pbotvm", "nobody")
+SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 
 # Seconds. Emulation is about ten times slower than hardware, and hosts are busy.
 BOOT_TIMEOUT = {"kvm": 30.0, "tcg": 120.0}
@@ -166,7 +167,7 @@ def command(plan: Plan, descriptors: Descriptors) -> list[str]:
         "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
         "-only-migratable",
         "-msg", "timestamp=on",
-        "-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
+        "-sandbox", SANDBOX,
         "-chardev", f"socket,id=monitor,fd={descriptors.monitor}",
         "-mon", "chardev=monitor,mode=control",
         *devices(plan, descriptors),

@@ -86,14 +86,17 @@ async def run(
         asyncio.create_task(_read(child.stdout, None)),
         asyncio.create_task(_read(child.stderr, on_line)),
     ]
+    finished = False
     try:
         async with asyncio.timeout(timeout):
             stdout, stderr = await asyncio.gather(*readers)
             status = await child.wait()
+        finished = True
     except TimeoutError as exc:
         raise CommandError(argv, f"not finished after {timeout:.0f} s", hint="try again on a quieter host") from exc
     finally:
-        await _end(child)
+        if not finished:
+            await _end(child)
         for reader in readers:
             reader.cancel()
         await asyncio.gather(*readers, return_exceptions=True)
@@ -112,18 +115,20 @@ async def _read(stream: asyncio.StreamReader, on_line: Callable[[str], None] | N
             unfinished = unfinished[-4096:]
             for line in lines:
                 on_line(line.decode("utf-8", "replace"))
+    if on_line and unfinished:
+        on_line(unfinished.decode("utf-8", "replace"))
     return bytes(kept)
 
 
 async def _end(child: asyncio.subprocess.Process) -> None:
     """Make sure that the child's whole session is gone: SIGTERM lets it clean up, SIGKILL ends the argument."""
-    for number, grace in ((signal.SIGTERM, _GRACE), (signal.SIGKILL, _GRACE)):
-        if child.returncode is not None:
-            return
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, number)
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(child.wait(), grace)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGTERM)
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(child.wait(), _GRACE)
+    with contextlib.suppress(ProcessLookupError):  # also what outlived the first process
+        os.killpg(child.pid, signal.SIGKILL)
+    await child.wait()
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,6 @@ import contextlib
 import json
 import logging
 import os
-import re
 import signal
 import sys
 from typing import TYPE_CHECKING, Annotated, Optional
@@ -34,10 +33,6 @@ app = typer.Typer(
 )
 snapshots = typer.Typer(help="Snapshots of a machine.", no_args_is_help=True)
 app.add_typer(snapshots, name="snapshot")
-
-# PBot's spelling of long options, which is rewritten before the parser sees it.
-_PBOT_OPTION = re.compile(r"-(lang|vm|args|arguments|stdin)(=.*)?", re.DOTALL)
-_STDIN_MAX = 1 << 16  # bytes read at once
 
 
 def complete_machine(incomplete: str) -> list[str]:
@@ -547,26 +542,25 @@ def _revert(name: str | None, tag: str) -> None:
 def pbot_spelling(arguments: list[str]) -> list[str]:
     """Return `arguments` with PBot's single-dash options in `exec` spelled as the parser knows them.
 
-    Only what stands before the first word of the program is touched: `exec -lang=sh -args 'a b' echo -lang=x`.
+    The first word that is no option of ours begins the program, or the options of its compiler, and whatever follows
+    is passed on as it is: `exec -lang=sh -args 'a b' echo -lang=x`. The words after `client` all belong to the request.
     """
-    if "client" in arguments[:2]:  # everything after it belongs to the request
-        begin = arguments.index("client") + 1
-        return arguments if arguments[begin : begin + 1] in ([], ["--help"], ["-h"]) else _literally(arguments, begin)
-    if "exec" not in arguments:
+    command = next((word for word in arguments if not word.startswith("-")), None)
+    if command not in ("exec", "client"):
         return arguments
-    begin = arguments.index("exec") + 1
-    changed = arguments[:begin]
-    rest = arguments[begin:]
-    while rest and rest[0].startswith("-") and rest[0] not in ("-", "--"):
+    begin = arguments.index(command) + 1
+    changed, rest = arguments[:begin], arguments[begin:]
+    while rest and rest[0] != "--":
+        name, equals, _value = rest[0].lstrip("-").partition("=")
+        flag = rest[0] in ("-h", "--help") or (command == "exec" and rest[0] == "--json")
+        valued = command == "exec" and rest[0].startswith("-") and name in _WITH_VALUE
+        if not flag and not valued:
+            break
         word = rest.pop(0)
-        changed.append(f"-{word}" if _PBOT_OPTION.fullmatch(word) else word)
-        if "=" not in word and word.lstrip("-") in _WITH_VALUE and rest:
+        changed.append(word if flag or word.startswith("--") else f"-{word}")
+        if valued and not equals and rest:
             changed.append(rest.pop(0))
-    return changed + rest
-
-
-def _literally(arguments: list[str], begin: int) -> list[str]:
-    return [*arguments[:begin], "--", *arguments[begin:]]
+    return [*changed, *([] if not rest or rest[0] == "--" else ["--"]), *rest]
 
 
 _WITH_VALUE = ("lang", "vm", "args", "arguments", "stdin", "file", "put", "get", "timeout", "output-limit")

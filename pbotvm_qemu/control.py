@@ -94,8 +94,8 @@ class ControlServer:
             sock = writer.get_extra_info("socket")
             if peer_uid(sock) in (os.geteuid(), 0):
                 await _Session(reader, writer, self._pool, self._handler).serve()
-        except (OSError, wire.WireError):
-            pass  # the peer is gone, or no peer of ours
+        except (OSError, wire.WireError, asyncio.CancelledError):
+            pass  # the peer is gone, no peer of ours, or we stop; asyncio would print a traceback for the last
         finally:
             self._sessions.discard(task)
             writer.close()

@@ -99,8 +99,8 @@ class Relay:
                 writer.write(reply.rstrip().encode("utf-8", "replace") + b"\n")
                 async with asyncio.timeout(LINE_TIMEOUT):
                     await writer.drain()
-        except (OSError, TimeoutError):
-            pass  # the caller is gone or does not read
+        except (OSError, TimeoutError, asyncio.CancelledError):
+            pass  # the caller is gone or does not read, or we stop; asyncio would print a traceback for the last
         finally:
             self._sessions.discard(task)
             writer.close()
@@ -127,11 +127,15 @@ class Relay:
         id_ = next(self._ids)
         begin = time.monotonic()
         output = bytearray()
+        cut = False
         result = "refused"
         language = "-"
 
         async def collect(_stream: Stream, data: bytes) -> None:
-            output.extend(data[: self._config.output - len(output)])
+            nonlocal cut
+            kept = data[: self._config.output - len(output)]
+            cut = cut or len(kept) < len(data)
+            output.extend(kept)
 
         try:
             request = requests.parse_line(line)
@@ -146,7 +150,8 @@ class Relay:
             )
             outcome = await self._pool.run(spec, content, on_output=collect, stdin=feed)
             result = outcome.limit or str(outcome.exit_code)
-            return reply_text(outcome, bytes(output))
+            text = reply_text(outcome, bytes(output))
+            return f"{text.rstrip()} [Output truncated]" if cut or outcome.truncated else text
         except UnknownLanguageError as exc:
             return f"{exc}\n{exc.hint}"
         except UsageError as exc:

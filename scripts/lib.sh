@@ -156,7 +156,7 @@ without_apt() {
     printf '    %s\n' "Fedora:   dnf install$fedora" "Arch:     pacman -S$arch (mmdebstrap: from the AUR)" \
         "openSUSE: zypper install$suse" >&2
     case $missing in
-    *mmdebstrap*) say "mmdebstrap only builds images: where there is none, import one: pbotvm-qemu create --disk FILE" ;;
+    *mmdebstrap*) say "mmdebstrap builds the guest image: where it is not packaged, copy the cache folder pbotvm-qemu/images from a host that has it" ;;
     esac
     exit 1
 }

@@ -284,7 +284,7 @@ class Run:
             return
         if error:
             self._message = f"cannot be started: {error.decode('utf-8', 'replace')}"
-        if os.WIFSIGNALED(status):
+        elif os.WIFSIGNALED(status):
             self._signal = os.WTERMSIG(status)
         else:
             self._status = os.WEXITSTATUS(status)

@@ -208,3 +208,33 @@ def test_a_guest_that_is_stopped_is_noticed_by_the_deadline(vm_env: Env) -> None
     assert child.returncode == 125
     assert b"did not report the end" in err
     assert qemus(vm_env["XDG_DATA_HOME"]) == []
+
+
+def test_ctrl_c_while_the_image_is_built_leaves_nothing(vm_env: Env) -> None:
+    cache = Path(vm_env["XDG_DATA_HOME"]).parent / "empty-cache"
+    cache.mkdir(mode=0o755)
+    child = popen(vm_env | {"XDG_CACHE_HOME": str(cache)}, "create", "never-built")
+    assert child.stderr
+    while line := child.stderr.readline():
+        if b"base system" in line or b"packages" in line:
+            break
+    child.send_signal(signal.SIGINT)
+    _out, err = child.communicate(timeout=120)
+    assert child.returncode == 130
+    assert b"Traceback" not in err
+    assert [entry.name for entry in (cache / "pbotvm-qemu" / "images").iterdir()] == []
+    assert str(cache) not in Path("/proc/mounts").read_text()
+    shutil.rmtree(cache)
+
+
+def test_the_console_shows_what_the_guest_prints(vm_env: Env) -> None:
+    assert_refused(cli(vm_env, "console"), 125, "not running")
+    assert cli(vm_env, "start").returncode == 0
+    child = popen(vm_env, "console")
+    try:
+        time.sleep(1.5)  # nothing tells when it is connected; too early only makes the test weaker
+        child.send_signal(signal.SIGINT)
+        assert child.wait(30) in (0, 130)
+    finally:
+        child.communicate(timeout=30)
+        cli(vm_env, "stop")

@@ -125,7 +125,6 @@ def test_value_that_makes_no_sense_is_damage(changes: dict[str, object]) -> None
 
 
 @pytest.mark.parametrize("machine", [{"name": "m", "memory": "lots"}, {"name": "a/b"}])
-@pytest.mark.xfail(reason="bug: config raises UsageError for a size or name, which state does not translate")
 def test_bad_size_and_name_are_damage_too(machine: dict[str, object]) -> None:
     paths.MachinePaths("m").record.write_text(changed(machine=machine))
     with pytest.raises(StateError):
@@ -178,7 +177,6 @@ async def test_locks_of_two_machines_are_two() -> None:
         pass
 
 
-@pytest.mark.xfail(reason="bug: who waits on a lock file that forget_lock() deletes gets it, and so does a newcomer")
 async def test_lock_of_a_deleted_machine_is_held_by_one() -> None:
     inside: list[str] = []
     release = asyncio.Event()

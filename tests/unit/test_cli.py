@@ -1,0 +1,143 @@
+"""The command line as one types it: help, mistakes, PBot's spelling, completion."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+import typer.main
+from typer.testing import CliRunner
+
+from pbotvm_qemu import cli
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+TOP = typer.main.get_command(cli.app)
+COMMANDS = sorted(getattr(TOP, "commands", {}))
+SNAPSHOT = sorted(getattr(typer.main.get_command(cli.snapshots), "commands", {}))
+
+
+@pytest.mark.parametrize(
+    "words", [[], *[[name] for name in COMMANDS], *[["snapshot", name] for name in SNAPSHOT]], ids=" ".join
+)
+@pytest.mark.parametrize("option", ["-h", "--help"])
+def test_every_command_has_help(words: list[str], option: str) -> None:
+    result = CliRunner().invoke(cli.app, [*words, option])
+    assert result.exit_code == 0, result.output
+    assert "Usage:" in result.stdout
+
+
+def test_version_is_printed() -> None:
+    assert CliRunner().invoke(cli.app, ["--version"]).stdout.startswith("pbotvm-qemu ")
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("exec -lang=sh echo", "exec --lang=sh echo"),
+        ("exec -lang sh echo -lang=x", "exec --lang sh echo -lang=x"),
+        ("exec --vm two -args x echo -args", "exec --vm two --args x echo -args"),
+        ("exec -stdin=a -vm=b -- -lang=c", "exec --stdin=a --vm=b -- -lang=c"),
+        ("exec --lang sh -", "exec --lang sh -"),
+        ("exec -x -lang=c y", "exec -x --lang=c y"),
+        ("exec --json -lang=c y", "exec --json --lang=c y"),
+        ("status -lang=x", "status -lang=x"),
+        ("exec", "exec"),
+        ("-v exec -lang=sh x", "-v exec --lang=sh x"),
+    ],
+)
+def test_pbot_spelling_is_understood_before_the_program_alone(typed: str, meant: str) -> None:
+    assert cli.pbot_spelling(typed.split()) == meant.split()
+
+
+def call(tmp_path: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    folders = {
+        f"XDG_{name}": str(tmp_path / name) for name in ("DATA_HOME", "CACHE_HOME", "RUNTIME_DIR", "CONFIG_HOME")
+    }
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("PBOTVM_")}
+    return subprocess.run(
+        [sys.executable, "-m", "pbotvm_qemu", *words],
+        env=kept | folders | environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "said"),
+    [
+        (["exec", "--vm", "nothing", "echo"], 125, "there is no machine 'nothing'"),
+        (["status", "nothing"], 125, "there is no machine 'nothing'"),
+        (["rm", "nothing"], 125, "nothing"),
+        (["status", "a/b"], 2, "cannot name a machine"),
+        (["run", "--listen", "here"], 2, "is not ADDR:PORT"),
+        (["create", "--memory", "lots"], 2, "is not a size"),
+        (["create", "--cpus", "1000"], 2, "out of range"),
+        (["create", "--languages", "klingon"], 2, "Language 'klingon' is not supported."),
+        (["exec", "-lang=klingon", "x"], 125, "there is no machine"),
+        (["client", "echo"], 125, "Connect call failed"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_mistake_is_an_error_with_a_hint_and_no_traceback(
+    tmp_path: Path, words: list[str], status: int, said: str
+) -> None:
+    done = call(tmp_path, *words, PBOTVM_PORT="1")
+    assert done.returncode == status, done.stderr
+    assert done.stdout == ""
+    error, hint = done.stderr.splitlines()
+    assert error.startswith("error: ")
+    assert hint.startswith("hint: ")
+    assert said in error
+
+
+@pytest.mark.parametrize(
+    "words", [["no-such-command"], ["status", "--no-such-option"], ["exec", "--timeout", "x", "y"]]
+)
+def test_wrong_usage_ends_with_2_and_no_traceback(tmp_path: Path, words: list[str]) -> None:
+    done = call(tmp_path, *words)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_mistake_in_the_environment_is_named(tmp_path: Path) -> None:
+    done = call(tmp_path, "list", PBOTVM_PORT="x")
+    status = call(tmp_path, "status", PBOTVM_PORT="x")
+    assert done.returncode == 0
+    assert status.returncode == 2
+    assert "PBOTVM_PORT" in status.stderr
+
+
+def test_json_reports_an_error_for_programs(tmp_path: Path) -> None:
+    done = call(tmp_path, "exec", "--json", "--vm", "nothing", "echo")
+    report = json.loads(done.stdout)
+    assert report["exit_code"] == done.returncode == 125
+    assert report["error"]
+    assert report["hint"]
+    assert report["kind"]
+
+
+def test_no_machine_is_an_empty_list(tmp_path: Path) -> None:
+    assert json.loads(call(tmp_path, "list", "--json").stdout) == {"machines": []}
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_script_renders(tmp_path: Path, shell: str) -> None:
+    done = call(tmp_path, _PBOTVM_QEMU_COMPLETE=f"source_{shell}")
+    assert done.returncode == 0, done.stderr
+    assert "_PBOTVM_QEMU_COMPLETE" in done.stdout
+
+
+def test_languages_are_completed() -> None:
+    assert cli.complete_language("pe") == ["perl"]
+
+
+def test_machines_are_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    (tmp_path / "pbotvm-qemu" / "machines" / "mine").mkdir(parents=True)
+    assert cli.complete_machine("mi") == ["mine"]
+    assert cli.complete_machine("x") == []

@@ -1,0 +1,150 @@
+"""The command line of QEMU is a pure function of a plan."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pbotvm_qemu import machine
+from pbotvm_qemu.config import MachineConfig
+from pbotvm_qemu.errors import PbotVMError
+from pbotvm_qemu.image import Image
+from pbotvm_qemu.machine import Descriptors, Plan
+
+PLAN = Plan(
+    config=MachineConfig(name="m", serial=0, health=0), uuid="u-u", qemu="/usr/bin/qemu", accelerator="tcg",
+    kernel=Path("/i/vmlinuz"), initramfs=Path("/m/initramfs.cpio"), disk=Path("/m/disk.qcow2"),
+    console_socket=Path("/r/console.sock"), console_log=Path("/m/console.log"), vsock=False,
+)  # fmt: skip
+
+
+def values(argv: list[str], option: str) -> list[str]:
+    return [argv[index + 1] for index, word in enumerate(argv[:-1]) if word == option]
+
+
+def qemu(plan: Plan, descriptors: Descriptors | None = None) -> list[str]:
+    argv = machine.command(plan, descriptors or Descriptors())
+    return argv[argv.index("--") + 1 :]
+
+
+def test_qemu_is_confined() -> None:
+    argv = qemu(PLAN)
+    assert argv[0] == "/usr/bin/qemu"
+    assert values(argv, "-sandbox") == ["on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"]
+    assert values(argv, "-nic") == ["none"]
+    assert values(argv, "-display") == ["none"]
+    assert {"-nodefaults", "-no-user-config", "-no-reboot", "-only-migratable"} <= set(argv)
+
+
+def test_rights_are_given_up_before_qemu_starts() -> None:
+    front = machine.command(PLAN, Descriptors())
+    front = front[: front.index("--")]
+    assert Path(front[0]).name == "setpriv"
+    assert "--no-new-privs" in front
+    assert values(front, "--pdeathsig") == ["KILL"]
+
+
+def test_root_becomes_an_ordinary_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.geteuid", lambda: 0)
+    front = machine.command(PLAN, Descriptors())
+    uid = int(values(front, "--reuid")[0])
+    assert uid > 0
+    assert {"--clear-groups", "--inh-caps=-all", "--bounding-set=-all"} <= set(front)
+
+
+def test_accelerator_is_the_one_of_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
+    assert values(qemu(replace(PLAN, accelerator="kvm")), "-accel") == ["kvm"]
+    assert values(qemu(PLAN), "-accel")[0].startswith("tcg")
+    with pytest.raises(PbotVMError):
+        qemu(replace(PLAN, accelerator="hvf"))
+
+
+def test_snapshot_is_loaded_only_when_there_is_one() -> None:
+    assert "-loadvm" not in qemu(PLAN)
+    assert values(qemu(replace(PLAN, loadvm="1")), "-loadvm") == ["1"]
+
+
+def test_port_0_is_no_port() -> None:
+    chardevs = values(qemu(PLAN), "-chardev")
+    assert "null,id=serial" in chardevs
+    assert "null,id=health" in chardevs
+    assert not [item for item in chardevs if "port=" in item]
+
+
+def test_ports_are_of_this_host_alone() -> None:
+    plan = replace(PLAN, config=replace(PLAN.config, serial=5555, health=5556))
+    ports = [item for item in values(qemu(plan), "-chardev") if "port=" in item]
+    assert len(ports) == 2
+    assert all("host=127.0.0.1" in item for item in ports)
+
+
+def test_comma_in_a_path_is_written_twice() -> None:
+    plan = replace(PLAN, disk=Path("/a,b/disk"), console_socket=Path("/c,d"), console_log=Path("/e,f"))
+    argv = " ".join(qemu(plan))
+    assert "filename=/a,,b/disk," in argv
+    assert "path=/c,,d," in argv
+    assert "logfile=/e,,f," in argv
+
+
+def test_vsock_comes_with_its_descriptor() -> None:
+    argv = qemu(replace(PLAN, vsock=True), Descriptors(vsock=9))
+    assert "vhost-vsock-pci,id=vsock0,guest-cid=7,vhostfd=9" in values(argv, "-device")
+    assert "vsock" not in " ".join(qemu(PLAN))
+
+
+def test_descriptors_are_those_that_are_inherited() -> None:
+    chardevs = values(qemu(PLAN, Descriptors(monitor=31, agent=32)), "-chardev")
+    assert "socket,id=monitor,fd=31" in chardevs
+    assert "socket,id=agent,fd=32" in chardevs
+
+
+def test_printed_command_is_the_one_that_is_started() -> None:
+    plan = replace(PLAN, vsock=True, disk=Path("/a b/d'isk"))
+    text = machine.command_text(plan)
+    assert shlex.split(text.replace("\\\n", " ")) == machine.command(plan, Descriptors(vsock=5))
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> Path:
+    file = tmp_path / "qemu"
+    file.write_text("x")
+    return file
+
+
+IMAGE = Image(
+    "i", Path("/i"), ("sh",), 1, (("root.qcow2", 1, "r"), ("vmlinuz", 1, "k"), ("boot.cpio", 1, "b"))
+)  # fmt: skip
+
+
+def fingerprint(
+    program: Path, config: MachineConfig = PLAN.config, image: Image = IMAGE, **changes: str
+) -> dict[str, str]:
+    accelerator = changes.get("accelerator", "tcg")
+    return machine.fingerprint(config, image, str(program), accelerator, changes.get("initramfs", "s"), vsock=False)
+
+
+def test_fingerprint_is_the_same_for_the_same_and_ignores_ports(program: Path) -> None:
+    other = replace(PLAN.config, serial=1, health=2)
+    assert fingerprint(program) == fingerprint(program, other)
+
+
+def differing(one: dict[str, str], two: dict[str, str]) -> set[str]:
+    return {name for name in one.keys() | two.keys() if one.get(name) != two.get(name)}
+
+
+def test_fingerprint_notices_what_a_snapshot_depends_on(program: Path) -> None:
+    was = fingerprint(program)
+    for change in ({"memory": 1 << 30}, {"cpus": 2}):
+        assert differing(was, fingerprint(program, replace(PLAN.config, **change))) == {"devices"}  # type: ignore[arg-type]
+    assert differing(was, fingerprint(program, accelerator="kvm")) == {"accelerator", "devices"}
+    assert differing(was, fingerprint(program, initramfs="t")) == {"initramfs"}
+    for name, said in (("vmlinuz", "kernel"), ("root.qcow2", "root image")):
+        files = tuple((n, s, "other" if n == name else h) for n, s, h in IMAGE.files)
+        assert differing(was, fingerprint(program, image=replace(IMAGE, files=files))) == {said}
+    program.write_text("another")
+    assert differing(was, fingerprint(program)) == {"QEMU program"}
+    assert machine.fingerprint(PLAN.config, IMAGE, str(program), "tcg", "s", vsock=True)["vsock"] == "yes"

@@ -39,16 +39,20 @@ def test_version_is_printed() -> None:
 @pytest.mark.parametrize(
     ("typed", "meant"),
     [
-        ("exec -lang=sh echo", "exec --lang=sh echo"),
-        ("exec -lang sh echo -lang=x", "exec --lang sh echo -lang=x"),
-        ("exec --vm two -args x echo -args", "exec --vm two --args x echo -args"),
+        ("exec -lang=sh echo", "exec --lang=sh -- echo"),
+        ("exec -lang sh echo -lang=x", "exec --lang sh -- echo -lang=x"),
+        ("exec --vm two -args x echo -args", "exec --vm two --args x -- echo -args"),
         ("exec -stdin=a -vm=b -- -lang=c", "exec --stdin=a --vm=b -- -lang=c"),
-        ("exec --lang sh -", "exec --lang sh -"),
-        ("exec -x -lang=c y", "exec -x --lang=c y"),
-        ("exec --json -lang=c y", "exec --json --lang=c y"),
+        ("exec --lang sh -", "exec --lang sh -- -"),
+        ("exec -lang=c11 -Wshadow -O2 x", "exec --lang=c11 -- -Wshadow -O2 x"),
+        ("client -lang=sh echo -h", "client -- -lang=sh echo -h"),
+        ("client -- -lang=sh echo", "client -- -lang=sh echo"),
+        ("client --help", "client --help"),
+        ("exec -x -lang=c y", "exec -- -x -lang=c y"),
+        ("exec --json -lang=c y", "exec --json --lang=c -- y"),
         ("status -lang=x", "status -lang=x"),
         ("exec", "exec"),
-        ("-v exec -lang=sh x", "-v exec --lang=sh x"),
+        ("-v exec -lang=sh x", "-v exec --lang=sh -- x"),
     ],
 )
 def test_pbot_spelling_is_understood_before_the_program_alone(typed: str, meant: str) -> None:

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from .spec import RunSpec
 
 _PIPE = 256 * 1024  # bytes a program can write ahead of us
+_LOOK = 0.25  # seconds between two looks at a run's memory
+_STARVED = 4  # looks in a row without memory that end it
 _DRAIN = 2.0  # seconds for output to end after every process was killed
 _PATH = "/usr/local/bin:/usr/bin:/bin:/usr/local/sbin:/usr/sbin:/sbin"
 
@@ -196,6 +198,7 @@ class Run:
             self._finish()
             return
         self._timer = self._loop.after(self._spec.limits.wall, lambda: self._reach("wall"))
+        self._loop.after(_LOOK, self._watch_memory)
         self._spawn()
 
     # Processes ---------------------------------------------------------------------------------------------------------
@@ -289,6 +292,16 @@ class Run:
         else:
             self._status = os.WEXITSTATUS(status)
         self._finish()
+
+    def _watch_memory(self, times: int = 0) -> None:
+        """End a run that has had no memory left at several looks in a row."""
+        if self._stage is not _Stage.RUNNING or not self._cgroup:
+            return
+        times = times + 1 if self._cgroup.exhausted() else 0
+        if times >= _STARVED:
+            self._reach("memory")
+        else:
+            self._loop.after(_LOOK, lambda: self._watch_memory(times))
 
     def _reach(self, limit: str) -> None:
         """End the run because it reached a limit."""

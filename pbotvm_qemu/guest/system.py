@@ -121,6 +121,7 @@ class Cgroup:
     def __init__(self, name: str, *, memory: int, processes: int) -> None:
         """Make the group. Raises OSError when this kernel or user cannot."""
         self.path = f"{_CGROUPS}/{name}"
+        self._memory = memory
         os.mkdir(self.path)
         try:
             self._write("memory.max", str(memory))
@@ -147,6 +148,18 @@ class Cgroup:
         """Kill every process in the group."""
         self._write("cgroup.kill", "1")
 
+    def exhausted(self) -> bool:
+        """Tell whether the group is at its limit with next to nothing left that could be given back.
+
+        Without swap the kernel then takes the program's own code pages away and reads them back, again and again, and
+        sees progress in that: its out-of-memory killer may not come for minutes.
+        """
+        current = self._number("memory.current")
+        if current < self._memory * 99 // 100:
+            return False
+        table = self._table("memory.stat")
+        return table.get("file", 0) - table.get("shmem", 0) < self._memory // 20
+
     def oom_kills(self) -> int:
         """Return how many processes the kernel killed because memory ran out."""
         return self._table("memory.events").get("oom_kill", 0)
@@ -157,11 +170,7 @@ class Cgroup:
 
     def memory_peak(self) -> int:
         """Return the most bytes the group ever used, 0 where the kernel does not tell."""
-        try:
-            with open(f"{self.path}/memory.peak", encoding="ascii") as file:
-                return int(file.read())
-        except (OSError, ValueError):
-            return 0
+        return self._number("memory.peak")
 
     def cpu_seconds(self) -> float:
         """Return the processor time of all processes in the group."""
@@ -183,6 +192,13 @@ class Cgroup:
     def _write(self, name: str, value: str) -> None:
         with open(f"{self.path}/{name}", "w", encoding="ascii") as file:
             file.write(value)
+
+    def _number(self, name: str) -> int:
+        try:
+            with open(f"{self.path}/{name}", encoding="ascii") as file:
+                return int(file.read())
+        except (OSError, ValueError):
+            return 0
 
     def _table(self, name: str) -> dict[str, int]:
         try:

@@ -157,7 +157,7 @@ def test_every_run_has_the_right_time_and_its_own_random_numbers(vm_env: Env) ->
 
 def test_a_program_has_no_rights_and_no_network(vm_env: Env) -> None:
     code = (
-        "id -u; ls /sys/class/net; find / -xdev -perm /6000 2>/dev/null | wc -l; cat /etc/shadow /dev/vda /proc/1/environ; "
+        "id -u; ls /sys/class/net; find / -xdev -type f -perm /6000 2>/dev/null | wc -l; cat /etc/shadow /dev/vda /proc/1/environ; "
         "unshare -U true; echo $? > /dev/null"
     )
     report = cli_json(vm_env, "exec", "--json", "-lang=sh", code)

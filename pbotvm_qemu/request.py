@@ -54,7 +54,7 @@ def parse_line(line: str) -> Request:
         decoded = None
     if isinstance(decoded, dict):
         fields = decoded
-    code = _text(fields, "code") if fields else line
+    code = _text(fields, "code") if isinstance(decoded, dict) else line
     base = Request(
         language=_text(fields, "lang") or DEFAULT_LANGUAGE,
         machine=_text(fields, "vm") or None,

@@ -84,8 +84,10 @@ def load(name: str) -> MachineRecord:
         raise StateError(
             f"there is no machine {name!r} (there are: {known})", hint=f"make it with `pbotvm-qemu create {name}`"
         ) from None
-    except (OSError, ValueError) as exc:
-        raise StateError(f"{file} is damaged: {exc}", hint=f"run `pbotvm-qemu create --force {name}`") from exc
+    except (OSError, ValueError, RecursionError) as exc:
+        raise StateError(
+            f"{file} is damaged: {str(exc)[:200]}", hint=f"run `pbotvm-qemu create --force {name}`"
+        ) from exc
     return _parse(table, file, name)
 
 
@@ -167,7 +169,7 @@ def get_process(name: str) -> ProcessRecord | None:
             purpose=str(table["purpose"]),
             relay=str(table["relay"]),
         )
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
 
 
@@ -187,11 +189,11 @@ async def lock(
     killed holder left behind is killed first.
     """
     machine = paths.MachinePaths(config.machine_name(name))
-    for folder in (paths.runtime_dir(), machine.lock.parent, machine.runtime):
+    for folder in (paths.runtime_dir(), machine.lock.parent):
         paths.private(folder, mode=0o711)
-    fd = os.open(machine.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    fd = await _acquire(machine.lock, name, wait, on_wait)
     try:
-        await _acquire(fd, name, wait, on_wait)
+        paths.private(machine.runtime, mode=0o711)
         end_orphan(name)
         me = process.Identity.of(os.getpid())
         assert me
@@ -204,25 +206,37 @@ async def lock(
         os.close(fd)
 
 
-async def _acquire(fd: int, name: str, wait: float, on_wait: Callable[[str], None] | None) -> None:
+async def _acquire(file: Path, name: str, wait: float, on_wait: Callable[[str], None] | None) -> int:
+    """Return a descriptor that holds the lock on `file`."""
     until = time.monotonic() + wait
     told = False
     while True:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = running(name)
-            who = f"`pbotvm-qemu {holder.purpose}` (pid {holder.keeper.pid})" if holder else "another process"
-            if time.monotonic() >= until:
-                raise StateError(
-                    f"machine {name!r} is in use by {who}", hint="try again later, or stop it with `pbotvm-qemu stop`"
-                ) from None
-            if on_wait and not told:
-                told = True
-                on_wait(f"waiting for {who}, which uses machine {name!r}")
-            await asyncio.sleep(_POLL)
-        else:
-            return
+        fd = _try_lock(file)
+        if fd is not None:
+            return fd
+        holder = running(name)
+        who = f"`pbotvm-qemu {holder.purpose}` (pid {holder.keeper.pid})" if holder else "another process"
+        if time.monotonic() >= until:
+            raise StateError(
+                f"machine {name!r} is in use by {who}", hint="try again later, or stop it with `pbotvm-qemu stop`"
+            )
+        if on_wait and not told:
+            told = True
+            on_wait(f"waiting for {who}, which uses machine {name!r}")
+        await asyncio.sleep(_POLL)
+
+
+def _try_lock(file: Path) -> int | None:
+    """Return a descriptor that holds the lock on `file`, or None when somebody else has it."""
+    fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(fd).st_ino == file.stat().st_ino:  # else `rm` deleted it while we waited: ours is nobody's lock
+            return fd
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    os.close(fd)
+    return None
 
 
 def end_orphan(name: str) -> process.Identity | None:

@@ -45,6 +45,7 @@ class Port:
         self._partial: memoryview | None = None
         self._waiting = 0
         self._was_full = False
+        self._absent = False
         os.set_blocking(fd, False)
         loop.watch(fd, READ, self._ready)
 
@@ -79,6 +80,7 @@ class Port:
         if not data:
             self._lost("the host closed the channel")
             return
+        self._absent = False
         try:
             frames = self._decoder.feed(data)
         except wire.WireError as exc:
@@ -122,4 +124,6 @@ class Port:
         self._waiting = 0
         self._loop.watch(self._fd, 0, self._ready)
         self._loop.after(_ABSENT, lambda: self._loop.watch(self._fd, READ, self._ready))
-        self._on_lost(why)
+        if not self._absent:  # said once, not ten times a second
+            self._absent = True
+            self._on_lost(why)

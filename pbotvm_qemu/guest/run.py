@@ -199,9 +199,16 @@ class Run:
             return
         self._timer = self._loop.after(self._spec.limits.wall, lambda: self._reach("wall"))
         self._loop.after(_LOOK, self._watch_memory)
-        self._spawn()
+        self._next_step()
 
     # Processes ---------------------------------------------------------------------------------------------------------
+
+    def _next_step(self) -> None:
+        try:
+            self._spawn()
+        except OSError as exc:  # no process or descriptor is left for it
+            self._message = f"cannot be started: {exc.strerror}"
+            self._finish()
 
     def _spawn(self) -> None:
         argv = self._spec.steps[self._step]
@@ -424,7 +431,7 @@ class Run:
             self._status = None
             left = self._spec.limits.wall - (time.monotonic() - self._started)
             self._timer = self._loop.after(max(0.0, left), lambda: self._reach("wall"))
-            self._spawn()
+            self._next_step()
             return
         self._stage = _Stage.COLLECTING
         for name in self._spec.collect:

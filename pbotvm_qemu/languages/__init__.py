@@ -89,6 +89,11 @@ def parse(name: str, text: str, where: str) -> Language:
     if unknown := sorted(set(table) - _KEYS):
         raise ConfigError(f"{where}: unknown key {unknown[0]!r}", hint=f"known keys: {', '.join(sorted(_KEYS))}")
     reader = _Reader(table, where)
+    for section, known in (("packages", {"debian"}), ("sample", {"code", "output"})):
+        if unknown := sorted(set(reader.table(section)) - known):
+            raise ConfigError(
+                f"{where} [{section}]: unknown key {unknown[0]!r}", hint=f"known keys: {', '.join(sorted(known))}"
+            )
     language = Language(
         name=name,
         description=reader.text("description"),

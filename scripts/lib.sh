@@ -51,6 +51,7 @@ END
         cat <<END
 ip iproute2 iproute iproute2 iproute2
 nft nftables nftables nftables nftables
+cpio cpio cpio cpio cpio
 END
     fi
 }

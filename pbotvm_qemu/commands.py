@@ -52,33 +52,41 @@ async def create(config: Config, languages: str, progress: Progress, *, force: b
     Raises StateError when it exists and `force` is not given; what was half made is gone after an error or Ctrl-C.
     """
     name = config.machine.name
-    registry = Registry.load(paths.user_languages())
-    chosen = registry.select(languages)
+    chosen = Registry.load(paths.user_languages()).select(languages)
     qemu = find_qemu()
     async with state.lock(name, purpose="create"):
-        files = paths.MachinePaths(name)
         if _exists(name) and not force:
             raise StateError(
                 f"machine {name!r} exists already",
                 hint=f"use it, or make it anew with `pbotvm-qemu create --force {name}`",
             )
-        recipe = image.Recipe.load(chosen)
-        built = await image.ensure(recipe, lambda stage, done: progress(stage, done * 0.7))
-        progress("trying the accelerator", 0.7)
-        verdict = await accel.choose(qemu, built.kernel)
-        log.info("accelerator: %s (%s)", verdict.name, verdict.reason)
-        paths.private(paths.data_dir(), mode=0o711)
-        paths.private(files.directory.parent, mode=0o711)
-        state.discard(name)
-        paths.private(files.directory, mode=0o711)
         try:
-            record = await _prepare(config, built, qemu, verdict.name, [item.name for item in chosen])
-            await _freeze(record, built, chosen, progress)
-            record = replace(record, state="ready")
-            state.save(record)
+            return await _create(config, chosen, qemu, progress)
         except BaseException:
-            state.discard(name)
+            if not paths.MachinePaths(name).directory.exists():
+                state.forget_lock(name)
             raise
+
+
+async def _create(config: Config, chosen: Sequence[Language], qemu: str, progress: Progress) -> state.MachineRecord:
+    name = config.machine.name
+    files = paths.MachinePaths(name)
+    built = await image.ensure(image.Recipe.load(chosen), lambda stage, done: progress(stage, done * 0.7))
+    progress("trying the accelerator", 0.7)
+    verdict = await accel.choose(qemu, built.kernel)
+    log.info("accelerator: %s (%s)", verdict.name, verdict.reason)
+    paths.private(paths.data_dir(), mode=0o711)
+    paths.private(files.directory.parent, mode=0o711)
+    state.discard(name)
+    paths.private(files.directory, mode=0o711)
+    try:
+        record = await _prepare(config, built, qemu, verdict.name, [item.name for item in chosen])
+        await _freeze(record, built, chosen, progress)
+        record = replace(record, state="ready")
+        state.save(record)
+    except BaseException:
+        state.discard(name)
+        raise
     progress("ready", 1.0)
     return record
 

@@ -124,6 +124,7 @@ def test_without_qemu_the_package_is_named(vm_env: Env) -> None:
     )  # fmt: skip
     assert_refused(result, 125, "qemu-system-x86_64", "apt-get install qemu-system-x86")
     assert not (machine_folder(vm_env).parent / "no-qemu").exists()
+    assert cli(vm_env, "prune").stdout == b"nothing was left behind\n"
 
 
 def test_no_disk_space_is_told_before_work_begins(vm_env: Env) -> None:
@@ -135,6 +136,7 @@ def test_no_disk_space_is_told_before_work_begins(vm_env: Env) -> None:
         env=vm_env, capture_output=True, timeout=120, check=False, stdin=subprocess.DEVNULL,
     )  # fmt: skip
     assert_refused(result, 125, "free space", "XDG_DATA_HOME")
+    assert cli(vm_env, "prune").stdout == b"nothing was left behind\n"
 
 
 def test_create_refuses_an_existing_name(vm_env: Env) -> None:
@@ -153,6 +155,7 @@ def test_ctrl_c_during_create_leaves_nothing(vm_env: Env) -> None:
     assert b"Traceback" not in err
     assert not (machine_folder(vm_env).parent / "interrupted").exists()
     assert not list(qemus("guest=interrupted"))
+    assert cli(vm_env, "prune").stdout == b"nothing was left behind\n"
 
 
 def test_create_killed_in_the_middle_is_named_and_removed_by_prune(vm_env: Env) -> None:
@@ -225,6 +228,7 @@ def test_ctrl_c_while_the_image_is_built_leaves_nothing(vm_env: Env) -> None:
     assert [entry.name for entry in (cache / "pbotvm-qemu" / "images").iterdir()] == []
     assert str(cache) not in Path("/proc/mounts").read_text()
     shutil.rmtree(cache)
+    assert cli(vm_env, "prune").stdout == b"nothing was left behind\n"
 
 
 def test_the_console_shows_what_the_guest_prints(vm_env: Env) -> None:

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from .port import Port
     from .spec import RunSpec
 
-_PIPE = 256 * 1024  # bytes a program can write ahead of us
 _LOOK = 0.25  # seconds between two looks at a run's memory
 _STARVED = 4  # looks in a row without memory that end it
 _DRAIN = 2.0  # seconds for output to end after every process was killed

@@ -231,7 +231,7 @@ def test_ctrl_c_while_the_image_is_built_leaves_nothing(vm_env: Env) -> None:
     assert cli(vm_env, "prune").stdout == b"nothing was left behind\n"
 
 
-def test_the_console_shows_what_the_guest_prints(vm_env: Env) -> None:
+def test_the_console_is_refused_when_stopped_and_ends_with_ctrl_c(vm_env: Env) -> None:
     assert_refused(cli(vm_env, "console"), 125, "not running")
     assert cli(vm_env, "start").returncode == 0
     child = popen(vm_env, "console")

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from pbotvm_qemu.channel import Outcome, Stream
     from pbotvm_qemu.config import Config
+    from pbotvm_qemu.plan import Plan
 
     Say = Callable[[str], None]
 
@@ -64,14 +65,14 @@ async def measure(config: Config, rounds: int, say: Say) -> dict[str, object]:
     return {"host": await _host(record), "figures": {name: _figure(name, values) for name, values in samples.items()}}
 
 
-async def _boots(plan: machine.Plan, samples: dict[str, list[float]], rounds: int, say: Say) -> None:
+async def _boots(plan: Plan, samples: dict[str, list[float]], rounds: int, say: Say) -> None:
     for number in range(rounds):
         say(f"boot {number + 1} of {rounds}")
         async with machine.VirtualMachine(dataclasses.replace(plan, loadvm=None)) as vm:
             samples["boot"].append(vm.ready_s)
 
 
-async def _restarts(plan: machine.Plan, samples: dict[str, list[float]], rounds: int, say: Say) -> None:
+async def _restarts(plan: Plan, samples: dict[str, list[float]], rounds: int, say: Say) -> None:
     for number in range(rounds):
         say(f"restart {number + 1} of {rounds}")
         async with machine.VirtualMachine(plan) as vm:
@@ -81,7 +82,7 @@ async def _restarts(plan: machine.Plan, samples: dict[str, list[float]], rounds:
             samples["first_exec"].append((await _timed(vm, ("true",)))[0])
 
 
-async def _inside(plan: machine.Plan, samples: dict[str, list[float]], rounds: int, say: Say) -> None:
+async def _inside(plan: Plan, samples: dict[str, list[float]], rounds: int, say: Say) -> None:
     say("exec, ping and output in one machine")
     async with machine.VirtualMachine(plan) as vm:
         for _ in range(3):

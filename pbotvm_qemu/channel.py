@@ -148,12 +148,12 @@ class Channel:
 
     async def resume(self, hostname: str, *, timeout: float = 10.0) -> None:
         """Give the guest today's time, fresh random numbers and a name. Raises GuestError when it does not confirm."""
-        question: dict[str, object] = {
-            "clock_ns": time.time_ns(),
-            "entropy": base64.b64encode(os.urandom(64)).decode(),
-            "hostname": hostname,
-        }
-        await self._ask(FrameType.RESUME, wire.encode_json, question, timeout)
+        await self._ask(FrameType.RESUME, wire.encode_json, _identity(hostname), timeout)
+
+    def resume_soon(self, hostname: str) -> None:
+        """Do the same before whatever is sent next, without waiting for the answer."""
+        if not self._lost:
+            self._write(wire.encode_json(FrameType.RESUME, next(self._ids), _identity(hostname)))
 
     async def ping(self, *, timeout: float = 5.0) -> float:
         """Return the seconds that one empty question takes. Raises GuestError when none comes back."""
@@ -192,12 +192,13 @@ class Channel:
         stdin: AsyncIterator[bytes] | None = None,
         started: Callable[[], None] | None = None,
         timeout: float | None = None,
+        session: str | None = None,
     ) -> Outcome:
         """Run `spec`, whose files hold `content`, and return how it ended.
 
         `on_output` gets the pieces of stdout and stderr in the order of writing; while it waits, the program waits.
         `stdin` is read as fast as the program takes it. `timeout` (seconds) is for the whole conversation; the default
-        is the run's wall limit and some grace. When the caller is cancelled, so is the program.
+        is the run's wall limit and some grace. `session` names one of a keeper's, see docs/protocol.md. When the caller is cancelled, so is the program.
 
         Raises NeverRanError when the agent refused it, RunLostError when the channel broke after it was sent,
         GuestError when the guest broke the protocol.
@@ -208,7 +209,8 @@ class Channel:
         finished = False
         try:
             async with asyncio.timeout(limit) as deadline:
-                self._write(wire.encode_json(FrameType.RUN, id_, spec.to_json()))
+                question = spec.to_json() if session is None else spec.to_json() | {"session": session}
+                self._write(wire.encode_json(FrameType.RUN, id_, question))
                 for data in content:
                     await self._send(FrameType.DATA, id_, data)
                 if started:
@@ -343,6 +345,14 @@ class Channel:
         for pending in self._pending.values():
             pending.frames.put_nowait(None)
         self._writer.close()
+
+
+def _identity(hostname: str) -> dict[str, object]:
+    return {
+        "clock_ns": time.time_ns(),
+        "entropy": base64.b64encode(os.urandom(64)).decode(),
+        "hostname": hostname,
+    }
 
 
 async def _nothing() -> AsyncIterator[bytes]:

@@ -33,6 +33,10 @@ app = typer.Typer(
 )
 snapshots = typer.Typer(help="Snapshots of a machine.", no_args_is_help=True)
 app.add_typer(snapshots, name="snapshot")
+sessions = typer.Typer(
+    help="Sessions of a kept machine: several runs in one clone. `exec --keep` opens one.", no_args_is_help=True
+)
+app.add_typer(sessions, name="session")
 
 
 def complete_machine(incomplete: str) -> list[str]:
@@ -53,6 +57,10 @@ Name = Annotated[
     Optional[str],
     typer.Argument(help="The machine; default: PBOTVM_DOMAIN or pbot-vm.", autocompletion=complete_machine),
 ]
+Pool = Annotated[Optional[int], typer.Option("--pool", help="Clean machines to keep ready and unused.")]
+Revert = Annotated[
+    Optional[str], typer.Option("--revert", help="The way back to clean: auto, clone, loadvm or restart.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
@@ -62,7 +70,7 @@ def _config(name: str | None = None, **changes: object) -> Config:
 
     loaded = config.load(paths.config_file())
     changed = config.override(loaded, "machine", name=config.machine_name(name) if name else None)
-    for table in ("machine", "limits", "relay"):
+    for table in ("machine", "limits", "relay", "pool"):
         mine = {key.removeprefix(f"{table}_"): value for key, value in changes.items() if key.startswith(f"{table}_")}
         changed = config.override(changed, table, **mine)
     return changed
@@ -199,6 +207,8 @@ def run(
     name: Name = None,
     *,
     listen: Annotated[Optional[str], typer.Option(help="ADDR:PORT for PBot clients.")] = None,
+    pool: Pool = None,
+    revert: Revert = None,
     detach: Annotated[bool, typer.Option("--detach", help="Go to the background once it is ready.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -206,10 +216,11 @@ def run(
     from pbotvm_qemu import commands
 
     host, port = _address(listen)
-    config = _config(name, relay_host=host, relay_port=port)
+    config = _config(name, relay_host=host, relay_port=port, pool_size=pool, pool_revert=revert)
     if detach:
         address = ["--listen", f"{config.relay.host}:{config.relay.port}"]
-        _start(config, relay=True, arguments=["--verbose", "run", config.machine.name, *address], as_json=as_json)
+        arguments = ["--verbose", "run", config.machine.name, *address, *_pool_arguments(config)]
+        _start(config, relay=True, arguments=arguments, as_json=as_json)
         return
     _run_keeper(
         commands.keep(config, relay=True, purpose="run", on_ready=lambda at: _ready(config, at, as_json=as_json))
@@ -252,18 +263,23 @@ def _address(text: str | None) -> tuple[str | None, int | None]:
 
 
 @app.command()
-def start(name: Name = None, *, as_json: Json = False) -> None:
+def start(name: Name = None, *, pool: Pool = None, revert: Revert = None, as_json: Json = False) -> None:
     """Keep a machine ready in the background, for `exec` only."""
-    config = _config(name)
-    _start(config, relay=False, arguments=["--verbose", "keep", config.machine.name], as_json=as_json)
+    config = _config(name, pool_size=pool, pool_revert=revert)
+    arguments = ["--verbose", "keep", config.machine.name, *_pool_arguments(config)]
+    _start(config, relay=False, arguments=arguments, as_json=as_json)
+
+
+def _pool_arguments(config: Config) -> list[str]:
+    return ["--pool", str(config.pool.size), "--revert", config.pool.revert]
 
 
 @app.command(hidden=True)
-def keep(name: Name = None) -> None:
+def keep(name: Name = None, *, pool: Pool = None, revert: Revert = None) -> None:
     """Keep a machine ready without a relay: what `start` puts into the background."""
     from pbotvm_qemu import commands
 
-    config = _config(name)
+    config = _config(name, pool_size=pool, pool_revert=revert)
     _run_keeper(
         commands.keep(config, relay=False, purpose="start", on_ready=lambda at: _ready(config, at, as_json=False))
     )
@@ -289,6 +305,10 @@ def execute(
     ] = None,
     timeout: Annotated[Optional[float], typer.Option(help="Seconds that the program may take.")] = None,
     output_limit: Annotated[Optional[str], typer.Option(help="Most bytes that it may print, such as 64M.")] = None,
+    keep: Annotated[
+        bool, typer.Option("--keep", help="Open a session for it, and say on stderr how to go on in it.")
+    ] = False,
+    session: Annotated[Optional[str], typer.Option("--session", help="Run it in this session.")] = None,
     as_json: Json = False,
 ) -> None:
     """Run a program on a clean machine; its output and exit status become ours."""
@@ -298,6 +318,11 @@ def execute(
     job = execution.prepare(
         code or [], lang=lang, vm=vm, args=args, stdin=stdin, file=file, put=put or [], get=get or []
     )
+    if keep and session is not None:
+        raise UsageError("--keep opens a session, --session uses one", hint="give one of them")
+    if keep:
+        session = str(_run(commands.ask(config.machine.name, {"do": "session-open"}))["id"])
+        _say(f"session {session} is open; go on with: pbotvm-qemu exec --session {session}")
     sink = execution.Sink(keep=as_json)
     result = _run(
         commands.execute(
@@ -308,13 +333,14 @@ def execute(
             code=job.code,
             files=job.files,
             collect=[name for name, _path in job.collect],
+            session=session,
             on_wait=_say,
         )
     )
     outcome = result.outcome
     job.store(outcome)
     if as_json:
-        _print_json(execution.report(result.language, outcome, sink))
+        _print_json(execution.report(result.language, outcome, sink) | {"session": session})
     else:
         for line in execution.remarks(outcome, config.limits):
             _say(line)
@@ -366,7 +392,7 @@ def status(name: Name = None, *, as_json: Json = False) -> None:
     """Show all that is known of a machine."""
     from pbotvm_qemu import commands
 
-    report = _run(commands.status(_config(name).machine.name))
+    report = _run(commands.status(_config(name)))
     if as_json:
         _print_json(report)
         return
@@ -539,6 +565,74 @@ def _revert(name: str | None, tag: str) -> None:
     _say(f"reverted to snapshot {tag} by {way}")
 
 
+Id = Annotated[str, typer.Argument(help="The session, as `session list` shows it.")]
+
+
+def _ask_session(vm: str | None, question: dict[str, object]) -> dict[str, object]:
+    from pbotvm_qemu import commands
+
+    name = _config(vm).machine.name
+    return _run(commands.ask(name, {key: value for key, value in question.items() if value is not None}, timeout=300.0))
+
+
+def _show_session(found: dict[str, object], *, as_json: bool) -> None:
+    if as_json:
+        _print_json(found)
+    else:
+        _say(f"session {found['id']} is open on clone {found['clone']}")
+        typer.echo(found["id"])
+
+
+@sessions.command(name="open")
+def session_open(
+    *,
+    vm: Machine = None,
+    idle: Annotated[Optional[float], typer.Option(help="Seconds without use that end it.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Open a session on a clean clone, and print its id."""
+    _show_session(_ask_session(vm, {"do": "session-open", "idle": idle}), as_json=as_json)
+
+
+@sessions.command(name="list")
+def session_list(*, vm: Machine = None, as_json: Json = False) -> None:
+    """List the sessions."""
+    found = _ask_session(vm, {"do": "session-list"})
+    if as_json:
+        _print_json(found)
+        return
+    for item in found["sessions"]:  # type: ignore[attr-defined]
+        saved = " ".join(item["saved"]) or "no saved state"
+        typer.echo(f"{item['id']}  {item['clone']:20} {item['runs']:4} runs  idle {item['idle_s']:.0f} s  {saved}")
+
+
+@sessions.command(name="end")
+def session_end(id_: Id, *, vm: Machine = None) -> None:
+    """End a session: its clone and its saved states are gone."""
+    _ask_session(vm, {"do": "session-end", "id": id_})
+    _say(f"session {id_} has ended")
+
+
+@sessions.command(name="save")
+def session_save(id_: Id, tag: str, *, vm: Machine = None) -> None:
+    """Save the state of a session's clone, memory and disk, under a tag."""
+    _ask_session(vm, {"do": "session-save", "id": id_, "tag": tag})
+    _say(f"state {tag} of session {id_} is saved")
+
+
+@sessions.command(name="revert")
+def session_revert(id_: Id, tag: str, *, vm: Machine = None) -> None:
+    """Put a session back to a saved state."""
+    _ask_session(vm, {"do": "session-revert", "id": id_, "tag": tag})
+    _say(f"session {id_} is back at state {tag}")
+
+
+@sessions.command(name="fork")
+def session_fork(id_: Id, *, vm: Machine = None, as_json: Json = False) -> None:
+    """Open a second session with a copy of this one's running machine, and print its id."""
+    _show_session(_ask_session(vm, {"do": "session-fork", "id": id_}), as_json=as_json)
+
+
 def pbot_spelling(arguments: list[str]) -> list[str]:
     """Return `arguments` with PBot's single-dash options in `exec` spelled as the parser knows them.
 
@@ -552,7 +646,7 @@ def pbot_spelling(arguments: list[str]) -> list[str]:
     changed, rest = arguments[:begin], arguments[begin:]
     while rest and rest[0] != "--":
         name, equals, _value = rest[0].lstrip("-").partition("=")
-        flag = rest[0] in ("-h", "--help") or (command == "exec" and rest[0] == "--json")
+        flag = rest[0] in ("-h", "--help") or (command == "exec" and rest[0] in ("--json", "--keep"))
         valued = command == "exec" and rest[0].startswith("-") and name in _WITH_VALUE
         if not flag and not valued:
             break
@@ -563,7 +657,7 @@ def pbot_spelling(arguments: list[str]) -> list[str]:
     return [*changed, *([] if not rest or rest[0] == "--" else ["--"]), *rest]
 
 
-_WITH_VALUE = ("lang", "vm", "args", "arguments", "stdin", "file", "put", "get", "timeout", "output-limit")
+_WITH_VALUE = ("lang", "vm", "args", "arguments", "stdin", "file", "put", "get", "timeout", "output-limit", "session")
 
 
 def main() -> None:

@@ -6,15 +6,29 @@ import asyncio
 import contextlib
 import json
 import logging
-import os
 import shutil
 import sys
 import time
 import uuid
+from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
-from pbotvm_qemu import accel, channel, control, image, keeper, machine, paths, process, request, state
+from pbotvm_qemu import (
+    accel,
+    channel,
+    control,
+    image,
+    keeper,
+    machine,
+    paths,
+    plan,
+    process,
+    request,
+    snapshots,
+    state,
+    template,
+)
 from pbotvm_qemu.config import SNAPSHOT, Limits
 from pbotvm_qemu.errors import GuestError, HostError, PbotVMError, StateError, UsageError
 from pbotvm_qemu.languages import Language, Registry
@@ -34,8 +48,9 @@ log = logging.getLogger(__name__)
 WARM_LIMITS = Limits(wall=120.0)  # the first run of a compiler under emulation takes its time
 _START_TIMEOUT = 180.0  # seconds for a detached keeper to report
 _STOP_TIMEOUT = 45.0
-_SNAPSHOT_TIMEOUT = 180.0
-_SNAPSHOT_ROOM = 256 << 20  # bytes of disk beside the guest's memory
+_LONG_AGO = 0.05  # seconds: who waited longer for a machine looks at it again
+_ASK_SNAPSHOT = snapshots.TIMEOUT + 60.0
+_SNAPSHOT_ROOM = 256 << 20  # bytes of disk beside the guest's memory, which is written twice
 
 
 def find_qemu() -> str:
@@ -104,16 +119,15 @@ async def _prepare(
     """Write the disk, the initramfs and a first record of a machine."""
     hardware = _with_free_ports(config)
     files = paths.MachinePaths(hardware.name)
-    need = hardware.memory + _SNAPSHOT_ROOM
+    need = 2 * hardware.memory + _SNAPSHOT_ROOM
     free = shutil.disk_usage(files.directory).free
     if free < need:
         raise HostError(
             f"{files.directory} has {free >> 20} MiB of free space, the snapshot needs up to {need >> 20} MiB",
             hint="free some space, use less --memory, or set XDG_DATA_HOME to a larger disk",
         )
-    await image.create_overlay(built, files.disk, hardware.disk_size)
     digest = image.write_initramfs(built, files.initramfs)
-    vsock = bool(hardware.cid) and machine.has_vsock()
+    vsock = bool(hardware.cid) and plan.has_vsock()
     record = state.MachineRecord(
         name=hardware.name,
         uuid=str(uuid.uuid4()),
@@ -124,7 +138,7 @@ async def _prepare(
         languages=tuple(languages),
         accelerator=accelerator,
         qemu=qemu,
-        fingerprint=machine.fingerprint(hardware, built, qemu, accelerator, digest, vsock=vsock),
+        fingerprint=plan.fingerprint(hardware, built, qemu, accelerator, digest, vsock=vsock),
     )
     state.save(record)
     return record
@@ -147,18 +161,33 @@ def _with_free_ports(config: Config) -> MachineConfig:
 async def _freeze(
     record: state.MachineRecord, built: image.Image, languages: Sequence[Language], progress: Progress
 ) -> None:
-    """Boot the machine, warm up every language, and take the clean snapshot."""
+    """Boot the machine, warm up every language, freeze it as a template, and take the clean snapshot from a clone."""
+    files = paths.MachinePaths(record.name)
+    hardware = record.machine
     progress("booting the guest", 0.72)
-    plan = machine.Plan.of(record, built, loadvm=None)
-    async with machine.VirtualMachine(plan, on_started=lambda pid: _remember(record.name, pid, "create")) as vm:
+    ram = template.prepare(files.template, hardware.memory)
+    disk = files.template / "disk.qcow2"
+    await image.create_overlay(built, disk, hardware.disk_size)
+    cold = plan.Plan.of(record, built, loadvm=None)
+    async with machine.VirtualMachine(replace(cold, disk=disk, memory=plan.Memory(ram, shared=True))) as vm:
         for number, language in enumerate(languages):
-            progress(f"warming up {language.name}", 0.82 + 0.12 * number / len(languages))
+            progress(f"warming up {language.name}", 0.82 + 0.1 * number / len(languages))
             await _warm(vm, language)
-        progress("taking the snapshot", 0.95)
+        progress("freezing the machine", 0.92)
         # Twice: the first answer may still have its own traces under way in the guest.
         await vm.channel.ping()
         await vm.channel.ping()
-        await vm.monitor.snapshot_save(SNAPSHOT, machine.DISK, timeout=_SNAPSHOT_TIMEOUT)
+        version = vm.monitor.version
+        with (files.template / "state").open("xb") as stream:
+            await vm.freeze(stream.fileno())
+    sealed = await template.seal(files.template, record.fingerprint, disk_size=hardware.disk_size, qemu_version=version)
+    progress("taking the snapshot", 0.95)
+    shutil.copy(files.template / "overlay.qcow2", files.disk)
+    files.disk.chmod(0o600)
+    clone = replace(cold.restored(sealed.memory), disk=files.disk)
+    async with machine.VirtualMachine(clone, thaw=sealed.frozen) as vm:  # which also shows that the template works
+        await vm.channel.ping()
+        await vm.monitor.snapshot_save(SNAPSHOT, plan.DISK, timeout=snapshots.TIMEOUT)
 
 
 async def _warm(vm: machine.VirtualMachine, language: Language) -> None:
@@ -178,12 +207,6 @@ async def _warm(vm: machine.VirtualMachine, language: Language) -> None:
                 f"{outcome.message or said or 'no output'}",
                 hint="create the machine without it, see --languages",
             )
-
-
-def _remember(name: str, pid: int, purpose: str) -> None:
-    me, qemu = process.Identity.of(os.getpid()), process.Identity.of(pid)
-    assert me
-    state.set_process(name, state.ProcessRecord(me, qemu, purpose, ""))
 
 
 # exec --------------------------------------------------------------------------------------------------------------------
@@ -206,11 +229,12 @@ async def execute(
     code: bytes | None = None,
     files: Sequence[tuple[str, bytes]] = (),
     collect: Sequence[str] = (),
+    session: str | None = None,
     on_wait: Callable[[str], None] | None = None,
 ) -> Execution:
     """Run one program on a clean machine: through the keeper when one runs, else in a machine started for it.
 
-    Raises UsageError and UnknownLanguageError before anything is started; see Channel.execute for the rest.
+    `session` runs it in that session of the keeper instead. Raises UsageError and UnknownLanguageError before anything is started; see Channel.execute for the rest.
     """
     record = state.ready(wanted.machine or config.machine.name)
     language = Registry.load(paths.user_languages()).find(wanted.language, record.languages)
@@ -228,11 +252,18 @@ async def execute(
                 continue  # it stopped between the look and the call
             try:
                 limit = spec.limits.wall + config.relay.queue_wait + 30
-                outcome = await talk.execute(spec, content, on_output=on_output, stdin=stdin, timeout=limit)
+                outcome = await talk.execute(
+                    spec, content, on_output=on_output, stdin=stdin, timeout=limit, session=session
+                )
             finally:
                 await talk.close()
             return Execution(language.name, outcome)
         break
+    if session is not None:
+        raise StateError(
+            f"there is no session {session[:40]!r}: machine {record.name!r} is not kept",
+            hint=f"start it with `pbotvm-qemu start {record.name}`, then use --keep",
+        )
     outcome = await _execute_alone(config, record, spec, content, on_output, stdin, on_wait)
     return Execution(language.name, outcome)
 
@@ -247,15 +278,23 @@ async def _execute_alone(
     on_wait: Callable[[str], None] | None,
 ) -> Outcome:
     begin = time.monotonic()
-    async with state.lock(record.name, purpose="exec", wait=config.relay.queue_wait, on_wait=on_wait):
+    way = keeper.choose(record, config)
+    async with AsyncExitStack() as stack:
+        patience = config.relay.queue_wait
+        lock = (
+            state.lock(record.name, purpose="exec", wait=patience, on_wait=on_wait)
+            if way.single
+            else state.share(record.name, wait=patience, on_wait=on_wait)
+        )
+        await stack.enter_async_context(lock)
         queued = time.monotonic() - begin
-        plan = keeper.prepare(record, config)
-        async with machine.VirtualMachine(plan, on_started=lambda pid: _remember(record.name, pid, "exec")) as vm:
-            outcome = await vm.execute(spec, content, on_output=on_output, stdin=stdin)
-            transport = vm.hello.transport if vm.hello else ""
-    return replace(
-        outcome, queue_s=round(queued, 4), transport=transport, clone=f"{record.name}/exec", revert="restart"
-    )
+        if queued > _LONG_AGO:
+            way = keeper.choose(record, config)  # whoever had the machine may have changed it
+        vm = await way.start()
+        stack.push_async_callback(vm.stop)
+        outcome = await vm.execute(spec, content, on_output=on_output, stdin=stdin)
+        transport = vm.hello.transport if vm.hello else ""
+    return replace(outcome, queue_s=round(queued, 4), transport=transport, clone=f"{record.name}/exec", revert=way.name)
 
 
 # keepers -----------------------------------------------------------------------------------------------------------------
@@ -371,8 +410,9 @@ def summary(name: str) -> dict[str, object]:
     }
 
 
-async def status(name: str) -> dict[str, object]:
-    """Return everything that is known about machine `name`. Raises StateError when there is none."""
+async def status(keeper_config: Config) -> dict[str, object]:
+    """Return everything that is known about machine `keeper_config.machine.name`. Raises StateError when there is none."""
+    name = keeper_config.machine.name
     record = state.load(name)
     files = paths.MachinePaths(name)
     report = summary(name) | {
@@ -385,10 +425,21 @@ async def status(name: str) -> dict[str, object]:
     if report["state"] == "running":
         live = await ask(name, {"do": "status"})
         report["live"] = live
-        pid = live.get("pid")
-        if isinstance(pid, int) and (used := process.usage(pid)):
-            report["qemu_usage"] = asdict(used)
+        pids = live.get("pids")
+        used = [process.usage(pid) for pid in pids if isinstance(pid, int)] if isinstance(pids, list) else []
+        report["qemu_usage"] = [asdict(item) for item in used if item]
+    else:
+        report["revert"], report["revert_why"] = _way_back(record, keeper_config)
     return report
+
+
+def _way_back(record: state.MachineRecord, config: Config) -> tuple[str | None, str]:
+    """Return the way back to clean that runs of a machine have, and why; or None and why there is none."""
+    try:
+        way = keeper.choose(record, config)
+    except PbotVMError as exc:
+        return None, str(exc)
+    return way.name, way.why
 
 
 def accelerator_reason(record: state.MachineRecord) -> str:
@@ -401,7 +452,7 @@ def accelerator_reason(record: state.MachineRecord) -> str:
 
 def qemu_command(config: Config) -> str:
     """Return the command line of machine `config.machine.name`, as one would type it."""
-    return machine.command_text(keeper.prepare(state.ready(config.machine.name), config))
+    return plan.command_text(keeper.choose(state.ready(config.machine.name), config).plan)
 
 
 def log_files(name: str) -> list[Path]:
@@ -438,10 +489,18 @@ def _why_not(language: str, name: str | None, installed: Sequence[str] | None) -
 # snapshots ---------------------------------------------------------------------------------------------------------------
 
 
+async def _with_own_disk(name: str) -> bool:
+    """Tell whether machine `name` is kept by a QEMU that has its disk open."""
+    kept = state.running(name)
+    if kept is None or kept.purpose not in ("run", "start"):
+        return False
+    return (await ask(name, {"do": "status"})).get("revert") != "clone"
+
+
 async def snapshot_list(name: str) -> list[dict[str, object]]:
     """Return the snapshots of machine `name`, running or not, as QEMU's SnapshotInfo objects."""
     state.ready(name)
-    if state.running(name):
+    if await _with_own_disk(name):
         found = (await ask(name, {"do": "snapshot-list"}))["snapshots"]
         return [item for item in found if isinstance(item, dict)] if isinstance(found, list) else []
     return await image.overlay_snapshots(paths.MachinePaths(name).disk)
@@ -450,15 +509,15 @@ async def snapshot_list(name: str) -> list[dict[str, object]]:
 async def snapshot_create(name: str, tag: str) -> None:
     """Save the state of the running machine `name` under `tag`."""
     state.ready(name)
-    await ask(name, {"do": "snapshot-create", "tag": keeper.check_tag(tag)}, timeout=_SNAPSHOT_TIMEOUT)
+    await ask(name, {"do": "snapshot-create", "tag": keeper.check_tag(tag)}, timeout=_ASK_SNAPSHOT)
 
 
 async def snapshot_delete(name: str, tag: str) -> None:
     """Delete snapshot `tag` of machine `name`, running or not."""
     state.ready(name)
     keeper.check_tag(tag)
-    if state.running(name):
-        await ask(name, {"do": "snapshot-delete", "tag": tag}, timeout=_SNAPSHOT_TIMEOUT)
+    if await _with_own_disk(name):
+        await ask(name, {"do": "snapshot-delete", "tag": tag}, timeout=_ASK_SNAPSHOT)
         return
     async with state.lock(name, purpose="snapshot"):
         disk = paths.MachinePaths(name).disk
@@ -475,7 +534,7 @@ async def snapshot_delete(name: str, tag: str) -> None:
 async def revert(name: str, tag: str) -> str:
     """Put the running machine `name` back to `tag`; return the way taken, "loadvm" or "restart"."""
     state.ready(name)
-    return str((await ask(name, {"do": "revert", "tag": keeper.check_tag(tag)}, timeout=_SNAPSHOT_TIMEOUT))["way"])
+    return str((await ask(name, {"do": "revert", "tag": keeper.check_tag(tag)}, timeout=_ASK_SNAPSHOT))["way"])
 
 
 # removal -----------------------------------------------------------------------------------------------------------------
@@ -543,8 +602,8 @@ async def _prune_machine(name: str, *, dry_run: bool) -> list[Leftover]:
     files = paths.MachinePaths(name)
     if left := state.get_process(name):
         found.append(Leftover("record", f"{files.process_record} of process {left.keeper.pid}, which is gone"))
-        if left.qemu and left.qemu.alive():
-            found.append(Leftover("process", f"QEMU {left.qemu.pid} of machine {name}"))
+    if lost := [qemu.pid for qemu in state.orphans(name)] if not state.held(name) else []:
+        found += [Leftover("process", f"QEMU {pid} of machine {name}") for pid in lost]
     gone = not files.directory.exists()
     unfinished = not gone and summary(name)["state"] == "creating"
     if unfinished:
@@ -556,7 +615,7 @@ async def _prune_machine(name: str, *, dry_run: bool) -> list[Leftover]:
             async with state.lock(name, purpose="prune"):  # which kills the orphan and clears the record
                 if unfinished:
                     state.discard(name)
-                elif left and files.disk.exists():
+                elif left and left.purpose != "create" and files.disk.exists():
                     await image.repair_overlay(files.disk)
         except StateError:  # somebody began to use it just now
             return []

@@ -109,12 +109,25 @@ class RelayConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PoolConfig:
+    """The clean machines that a keeper has."""
+
+    size: int = 2  # kept ready and unused
+    most: int = 0  # that live at once; 0 for as many as processors and memory carry
+    revert: str = "auto"  # the way back to clean: "auto", "clone", "loadvm" or "restart"
+    share_memory: bool = True  # whether clones share the template's memory until they change it
+    sessions: int = 4  # at once
+    session_idle: float = 300.0  # seconds without use that end a session
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     """Everything that can be configured."""
 
     machine: MachineConfig = field(default_factory=MachineConfig)
     limits: Limits = field(default_factory=Limits)
     relay: RelayConfig = field(default_factory=RelayConfig)
+    pool: PoolConfig = field(default_factory=PoolConfig)
     explicit: frozenset[str] = frozenset()  # machine settings that the environment or the command line made
 
 
@@ -137,7 +150,12 @@ _RANGES: dict[tuple[str, str], tuple[float, float]] = {
     ("relay", "queue"): (1, 100000),
     ("relay", "queue_wait"): (0, 86400),
     ("relay", "output"): (1, 1 << 30),
+    ("pool", "size"): (0, 1000),
+    ("pool", "most"): (0, 1000),
+    ("pool", "sessions"): (0, 1000),
+    ("pool", "session_idle"): (1, 86400),
 }
+_WORDS: dict[tuple[str, str], tuple[str, ...]] = {("pool", "revert"): ("auto", "clone", "loadvm", "restart")}
 
 # (variables, newest first) -> where the value goes. Source: the predecessor's environment, both eras.
 _ENVIRONMENT: tuple[tuple[tuple[str, ...], str, str], ...] = (
@@ -150,7 +168,11 @@ _ENVIRONMENT: tuple[tuple[tuple[str, ...], str, str], ...] = (
     (("PBOTVM_PORT", "PBOTVM_SERVER"), "relay", "port"),
 )
 
-_Table = TypeVar("_Table", MachineConfig, Limits, RelayConfig)
+_TABLES = ("machine", "limits", "relay", "pool")
+_Table = TypeVar("_Table", MachineConfig, Limits, RelayConfig, PoolConfig)
+
+
+_KNOWN = ", ".join(f"[{name}]" for name in _TABLES)
 
 
 def checked(table: _Table, table_name: str, changes: Mapping[str, object], source: str) -> _Table:
@@ -191,6 +213,8 @@ def _value(table: str, name: str, raw: object, default: object, source: str) -> 
         low, high = _RANGES[table, name]
         if not low <= value <= high:
             raise ConfigError(f"{what} is {raw}, out of range", hint=f"use a value from {low} to {high}")
+    if (table, name) in _WORDS and value not in _WORDS[table, name]:
+        raise ConfigError(f"{what} is {raw!r}", hint=f"use one of: {', '.join(_WORDS[table, name])}")
     if (table, name) == ("machine", "name") and isinstance(value, str):
         try:
             machine_name(value)
@@ -208,10 +232,10 @@ def load(file: Path, environment: Mapping[str, str] | None = None) -> Config:
     """
     config = Config()
     tables = _read(file)
-    unknown = sorted(set(tables) - {"machine", "limits", "relay"})
+    unknown = sorted(set(tables) - set(_TABLES))
     if unknown:
-        raise ConfigError(f"{file}: unknown table [{unknown[0]}]", hint="known tables: [machine], [limits], [relay]")
-    for name in ("machine", "limits", "relay"):
+        raise ConfigError(f"{file}: unknown table [{unknown[0]}]", hint=f"known tables: {_KNOWN}")
+    for name in _TABLES:
         config = _change(
             config, name, {key.replace("-", "_"): value for key, value in tables.get(name, {}).items()}, str(file)
         )
@@ -241,6 +265,8 @@ def _change(
         return replace(config, machine=checked(config.machine, table, changes, source), explicit=explicit)
     if table == "limits":
         return replace(config, limits=checked(config.limits, table, changes, source))
+    if table == "pool":
+        return replace(config, pool=checked(config.pool, table, changes, source))
     return replace(config, relay=checked(config.relay, table, changes, source))
 
 
@@ -257,7 +283,5 @@ def _read(file: Path) -> dict[str, dict[str, object]]:
         raise ConfigError(f"{file}: {str(exc)[:200]}", hint="fix the file; it is TOML") from exc
     for name, table in tables.items():
         if not isinstance(table, dict):
-            raise ConfigError(
-                f"{file}: {name!r} stands outside a table", hint="put it under [machine], [limits] or [relay]"
-            )
+            raise ConfigError(f"{file}: {name!r} stands outside a table", hint=f"put it under one of {_KNOWN}")
     return tables

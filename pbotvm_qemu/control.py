@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import socket
 import struct
 from typing import TYPE_CHECKING
 
 from pbotvm_qemu.channel import Channel
-from pbotvm_qemu.errors import GuestError, NeverRanError, PbotVMError, RunLostError, StateError
+from pbotvm_qemu.errors import OURS, GuestError, NeverRanError, PbotVMError, RunLostError, StateError
 from pbotvm_qemu.guest import spec, wire
 from pbotvm_qemu.guest.wire import FrameType
 
@@ -24,8 +25,11 @@ if TYPE_CHECKING:
 
     from pbotvm_qemu.channel import Outcome, Stream
     from pbotvm_qemu.pool import Pool
+    from pbotvm_qemu.sessions import Sessions
 
     Handler = Callable[[dict[str, object]], Awaitable[dict[str, object]]]
+
+log = logging.getLogger(__name__)
 
 _HANDSHAKE = 5.0  # seconds for a keeper to answer
 
@@ -65,9 +69,10 @@ async def connect(path: Path) -> Channel:
 class ControlServer:
     """Serves the control socket of one machine. A context manager."""
 
-    def __init__(self, path: Path, pool: Pool, handler: Handler) -> None:
+    def __init__(self, path: Path, pool: Pool, sessions: Sessions, handler: Handler) -> None:
         self._path = path
         self._pool = pool
+        self._sessions_of_pool = sessions
         self._handler = handler
         self._server: asyncio.Server | None = None
         self._sessions: set[asyncio.Task[None]] = set()
@@ -93,7 +98,7 @@ class ControlServer:
         try:
             sock = writer.get_extra_info("socket")
             if peer_uid(sock) in (os.geteuid(), 0):
-                await _Session(reader, writer, self._pool, self._handler).serve()
+                await _Session(reader, writer, self._pool, self._sessions_of_pool, self._handler).serve()
         except (OSError, wire.WireError, asyncio.CancelledError):
             pass  # the peer is gone, no peer of ours, or we stop; asyncio would print a traceback for the last
         finally:
@@ -104,8 +109,9 @@ class ControlServer:
 class _Incoming:
     """One run that a client asked for: what it has sent so far, and how much more it may."""
 
-    def __init__(self, request: spec.RunSpec) -> None:
+    def __init__(self, request: spec.RunSpec, session: str | None) -> None:
         self.spec = request
+        self.session = session
         self.content: list[bytearray] = [bytearray() for _ in request.files]
         self.current = 0
         self.stdin: asyncio.Queue[bytes] = asyncio.Queue()
@@ -139,11 +145,17 @@ class _Session:
     """One client of the control socket."""
 
     def __init__(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, pool: Pool, handler: Handler
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        pool: Pool,
+        sessions: Sessions,
+        handler: Handler,
     ) -> None:
         self._reader = reader
         self._writer = writer
         self._pool = pool
+        self._sessions = sessions
         self._handler = handler
         self._runs: dict[int, _Incoming] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -170,7 +182,10 @@ class _Session:
             self._spawn(self._control(frame))
         elif frame.type == FrameType.RUN:
             try:
-                self._runs[frame.id] = run = _Incoming(spec.parse(wire.decode_json(frame.payload)))
+                question = wire.decode_json(frame.payload)
+                session = question.get("session")
+                run = _Incoming(spec.parse(question), None if session is None else str(session))
+                self._runs[frame.id] = run
             except spec.BadRequestError as exc:
                 self._error(frame.id, "bad-request", str(exc))
             else:
@@ -213,6 +228,13 @@ class _Session:
             answer = await self._handler(wire.decode_json(frame.payload))
         except PbotVMError as exc:
             answer = {"error": str(exc), "hint": exc.hint, "exit_code": exc.exit_code}
+        except Exception as exc:  # whoever asks must not wait for an answer that never comes
+            log.exception("a question on the control socket failed")
+            answer = {
+                "error": f"the keeper failed: {exc!r}"[:1000],
+                "hint": "see `pbotvm-qemu logs`",
+                "exit_code": OURS,
+            }
         self._writer.write(wire.encode_json(FrameType.CONTROL, frame.id, answer))
 
     async def _run(self, id_: int, run: _Incoming) -> None:
@@ -231,9 +253,8 @@ class _Session:
                 yield data
 
         try:
-            outcome = await self._pool.run(
-                run.spec, [bytes(data) for data in run.content], on_output=output, stdin=stdin()
-            )
+            where = self._pool if run.session is None else self._sessions.get(run.session)
+            outcome = await where.run(run.spec, [bytes(data) for data in run.content], on_output=output, stdin=stdin())
             await self._answer(id_, run, outcome)
         except PbotVMError as exc:
             code = "run-lost" if isinstance(exc, RunLostError) or not isinstance(exc, NeverRanError) else "never-ran"

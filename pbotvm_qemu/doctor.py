@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from pbotvm_qemu import accel, image, machine, net, paths, process, qmp
+from pbotvm_qemu import accel, image, net, paths, plan, process, qmp
 from pbotvm_qemu.config import LOOPBACK, format_size
 from pbotvm_qemu.errors import HostError, ImageError, LaunchError, MonitorError, PbotVMError, tail
 
@@ -225,7 +225,7 @@ async def ask_qemu(qemu: str) -> Features:
     problem = None
     async with AsyncExitStack() as stack:
         try:
-            monitor = await stack.enter_async_context(_bare_qemu(qemu, ["-sandbox", machine.SANDBOX]))
+            monitor = await stack.enter_async_context(_bare_qemu(qemu, ["-sandbox", plan.SANDBOX]))
         except LaunchError as exc:
             monitor = await stack.enter_async_context(_bare_qemu(qemu, []))
             problem = exc.log_tail or str(exc)

@@ -1,4 +1,4 @@
-"""The process that keeps one machine: pool, control socket, relay, and an orderly end."""
+"""The process that keeps a machine ready: pool, sessions, control socket, relay, and an orderly end."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ import socket
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING
 
-from pbotvm_qemu import image, machine, paths, process, state
+from pbotvm_qemu import image, paths, plan, pool, process, snapshots, state, ways
 from pbotvm_qemu.config import SNAPSHOT
 from pbotvm_qemu.control import ControlServer
 from pbotvm_qemu.errors import UsageError
 from pbotvm_qemu.languages import Registry
 from pbotvm_qemu.pool import Pool
 from pbotvm_qemu.relay import Relay
+from pbotvm_qemu.sessions import Sessions
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -29,6 +30,8 @@ log = logging.getLogger(__name__)
 
 DRAIN = 30.0  # seconds that running programs get after SIGTERM
 _TAG_MAX = 64
+_IDLE_MAX = 86400  # seconds
+_BUSY_PER_PROCESSOR = 2
 
 
 class Keeper:
@@ -41,6 +44,7 @@ class Keeper:
         self._with_relay = relay
         self._stop = asyncio.Event()
         self._pool: Pool | None = None
+        self._sessions: Sessions | None = None
         self._relay: Relay | None = None
 
     async def keep(self, on_ready: Callable[[str], None]) -> None:
@@ -53,19 +57,14 @@ class Keeper:
         files = paths.MachinePaths(record.name)
         loop = asyncio.get_running_loop()
         async with AsyncExitStack() as stack:
-            await stack.enter_async_context(state.lock(record.name, purpose=self._purpose))
-            plan = prepare(record, self._config)
+            way = choose(record, self._config)
+            await stack.enter_async_context(state.keep(record.name, purpose=self._purpose, alone=way.single))
+            check(record)
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, self._stop.set)
                 stack.callback(loop.remove_signal_handler, number)
-            pool = self._pool = await stack.enter_async_context(
-                Pool(
-                    plan,
-                    queue=self._config.relay.queue,
-                    queue_wait=self._config.relay.queue_wait,
-                    on_process=self._remember,
-                )
-            )
+            pool = self._pool = await stack.enter_async_context(make_pool(way, self._config))
+            self._sessions = await stack.enter_async_context(Sessions(pool, most=self._config.pool.sessions))
             if self._with_relay:
                 registry = Registry.load(paths.user_languages())
                 self._relay = await stack.enter_async_context(
@@ -74,9 +73,9 @@ class Keeper:
             await self._first(pool)
             if self._stop.is_set():
                 return
-            await stack.enter_async_context(ControlServer(files.control_socket, pool, self._answer))
+            await stack.enter_async_context(ControlServer(files.control_socket, pool, self._sessions, self._answer))
             address = self._relay.address if self._relay else ""
-            self._remember(None)
+            self._remember(address)
             on_ready(address)
             notify("READY=1")
             await self._stop.wait()
@@ -100,26 +99,30 @@ class Keeper:
                 task.cancel()
             await asyncio.gather(ready, stop, return_exceptions=True)
 
-    def _remember(self, pid: int | None) -> None:
-        """Write down who runs what, so that after a crash of ours nothing is left unknown."""
+    def _remember(self, address: str) -> None:
+        """Write down where the relay listens."""
         me = process.Identity.of(os.getpid())
         assert me
-        known = state.get_process(self._record.name)
-        qemu = process.Identity.of(pid) if pid else (known.qemu if known else None)
-        address = self._relay.address if self._relay else ""
-        state.set_process(self._record.name, state.ProcessRecord(me, qemu, self._purpose, address))
+        state.set_process(self._record.name, state.ProcessRecord(me, self._purpose, address))
 
     async def _answer(self, question: dict[str, object]) -> dict[str, object]:
         """Answer a question on the control socket."""
         assert self._pool
-        pool = self._pool
+        assert self._sessions
+        pool, sessions = self._pool, self._sessions
         actions: dict[str, Callable[[], Awaitable[dict[str, object]]]] = {
             "status": lambda: self._status(pool),
             "stop": self._stop_now,
-            "snapshot-list": lambda: _named("snapshots", pool.snapshots()),
-            "snapshot-create": lambda: _named("created", pool.snapshot_create(_tag(question))),
-            "snapshot-delete": lambda: _named("deleted", pool.snapshot_delete(_tag(question))),
-            "revert": lambda: _named("way", pool.revert(_tag(question))),
+            "snapshot-list": lambda: _named("snapshots", snapshots.found(pool)),
+            "snapshot-create": lambda: _named("created", snapshots.create(pool, _tag(question))),
+            "snapshot-delete": lambda: _named("deleted", snapshots.delete(pool, _tag(question))),
+            "revert": lambda: _named("way", snapshots.revert(pool, _tag(question))),
+            "session-open": lambda: self._open_session(sessions, question),
+            "session-list": lambda: _now({"sessions": sessions.list()}),
+            "session-end": lambda: _end_session(sessions, _id(question)),
+            "session-save": lambda: _named("saved", sessions.get(_id(question)).save(str(question.get("tag", "")))),
+            "session-revert": lambda: _named("way", sessions.get(_id(question)).revert(str(question.get("tag", "")))),
+            "session-fork": lambda: self._fork_session(sessions, question),
         }
         action = actions.get(str(question.get("do")))
         if action is None:
@@ -129,7 +132,25 @@ class Keeper:
         return await action()
 
     async def _status(self, pool: Pool) -> dict[str, object]:
-        return {**pool.status(), "relay": self._relay.address if self._relay else None}
+        assert self._sessions
+        way = pool.way
+        return {
+            **pool.status(),
+            "snapshot": way.plan.loadvm if way.single else None,
+            "sessions": len(self._sessions.list()),
+            "relay": self._relay.address if self._relay else None,
+        }
+
+    async def _open_session(self, sessions: Sessions, question: dict[str, object]) -> dict[str, object]:
+        idle = question.get("idle")
+        if idle is None:
+            idle = self._config.pool.session_idle
+        if not isinstance(idle, int | float) or isinstance(idle, bool) or not 1 <= idle <= _IDLE_MAX:
+            raise UsageError(f"{str(idle)[:40]} is no number of seconds from 1 to {_IDLE_MAX}", hint="see --idle")
+        return (await sessions.open(idle=float(idle))).to_json()
+
+    async def _fork_session(self, sessions: Sessions, question: dict[str, object]) -> dict[str, object]:
+        return (await sessions.fork(_id(question))).to_json()
 
     async def _stop_now(self) -> dict[str, object]:
         self._stop.set()
@@ -138,6 +159,19 @@ class Keeper:
 
 async def _named(name: str, work: Awaitable[object]) -> dict[str, object]:
     return {name: await work}
+
+
+async def _end_session(sessions: Sessions, id_: str) -> dict[str, object]:
+    sessions.end(id_)
+    return {"ended": id_}
+
+
+async def _now(answer: dict[str, object]) -> dict[str, object]:
+    return answer
+
+
+def _id(question: dict[str, object]) -> str:
+    return str(question.get("id", ""))
 
 
 def _tag(question: dict[str, object]) -> str:
@@ -151,17 +185,46 @@ def check_tag(tag: str) -> str:
     return tag
 
 
-def prepare(record: state.MachineRecord, config: Config) -> machine.Plan:
-    """Return the plan that starts `record` from its clean snapshot, with today's ports.
+def check(record: state.MachineRecord) -> image.Image:
+    """Return the image of `record` when nothing differs from when its snapshot was made.
 
-    Raises StateError or ImageError when something differs from when the snapshot was made. The caller holds the lock.
+    Raises StateError or ImageError that names what does.
     """
     found = image.Image.load(record.image)
-    machine.check_fingerprint(record, found)
+    plan.check_fingerprint(record, found)
+    return found
+
+
+def prepare(record: state.MachineRecord, config: Config) -> plan.Plan:
+    """Return the plan that starts `record` from its clean snapshot, with today's ports. Raises what `check` raises."""
+    found = check(record)
     hardware = config.machine
     changes = {name: getattr(hardware, name) for name in ("serial", "health") if name in config.explicit}
     today = dataclasses.replace(record, machine=dataclasses.replace(record.machine, **changes))
-    return machine.Plan.of(today, found, loadvm=SNAPSHOT)
+    return plan.Plan.of(today, found, loadvm=SNAPSHOT)
+
+
+def choose(record: state.MachineRecord, config: Config) -> ways.Way:
+    """Return the way back to clean that `config` wants for `record`. Raises what `check` and `ways.choose` raise."""
+    wanted = config.pool
+    return ways.choose(prepare(record, config), record.fingerprint, wanted.revert, shared=wanted.share_memory)
+
+
+def make_pool(way: ways.Way, config: Config) -> Pool:
+    """Return the pool that `config` wants, as large as this host carries."""
+    memory = way.plan.config.memory
+    carried = pool.room(memory, process.memory_available())
+    # More guests at once than that only make each other slow, until they reach their time limits.
+    most = config.pool.most or config.pool.size + _BUSY_PER_PROCESSOR * (os.cpu_count() or 1)
+    if most > max(carried, 1):
+        log.warning("the host's memory carries %d machines of %d MiB, not %d", carried, memory >> 20, most)
+    return Pool(
+        way,
+        size=config.pool.size,
+        most=max(1, min(most, carried)),
+        queue=config.relay.queue,
+        queue_wait=config.relay.queue_wait,
+    )
 
 
 def notify(text: str) -> None:

@@ -102,6 +102,11 @@ def guest_package() -> Path:
     return Path(__file__).resolve().parent / "guest"
 
 
+def open_file(fd: int) -> Path:
+    """Return a path to our open file `fd`, also when it has no name any more: opened again, it has its own position."""
+    return Path(f"/proc/self/fd/{fd}")
+
+
 @dataclass(frozen=True, slots=True)
 class MachinePaths:
     """The files of one machine."""
@@ -129,6 +134,16 @@ class MachinePaths:
         return self.directory / "initramfs.cpio"
 
     @property
+    def template(self) -> Path:
+        """The folder of the frozen machine that clones start from."""
+        return self.directory / "template"
+
+    @property
+    def clones(self) -> Path:
+        """The folder of the clones' disks. They have no names, so it looks empty."""
+        return self.directory / "clones"
+
+    @property
     def qemu_log(self) -> Path:
         """What QEMU printed."""
         return self.directory / "qemu.log"
@@ -150,8 +165,13 @@ class MachinePaths:
 
     @property
     def lock(self) -> Path:
-        """Held by the one process that runs or changes this machine."""
+        """Held by the one process that runs or changes this machine, or together by those who clone it."""
         return runtime_dir() / "machines" / f"{self.name}.lock"
+
+    @property
+    def keeper_lock(self) -> Path:
+        """Held by the one process that keeps this machine ready for others."""
+        return runtime_dir() / "machines" / f"{self.name}.keeper.lock"
 
     @property
     def process_record(self) -> Path:

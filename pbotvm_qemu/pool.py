@@ -1,133 +1,203 @@
-"""A clean machine for every run: one machine that is kept ready, and a bounded, fair queue in front of it.
+"""A clean machine for every run: some are kept ready, and a bounded, fair queue stands in front of them.
 
-After each run the QEMU process is ended and a new one is started from the snapshot, so that whatever a run did is gone
-with it. The next caller waits for that; a pool of several clones that hides the wait can stand in the same place.
+A machine in the pool was started, has run a trifle to show that it works (and to have its first, slow steps behind
+it), and then sleeps until it is handed out: its processors are stopped, and it costs no time.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
+import itertools
 import logging
+import os
 import time
 from collections import deque
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Self
 
-from pbotvm_qemu.config import SNAPSHOT
-from pbotvm_qemu.errors import GuestError, MonitorError, NeverRanError, PbotVMError, StateError
-from pbotvm_qemu.machine import DISK, RESTORE_TIMEOUT, Plan, VirtualMachine
+from pbotvm_qemu import process
+from pbotvm_qemu.errors import GuestError, HostError, MonitorError, NeverRanError, PbotVMError
+from pbotvm_qemu.guest import spec as specs
+from pbotvm_qemu.turns import Turns
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
-    from pbotvm_qemu.channel import OnOutput, Outcome
+    from pbotvm_qemu.channel import OnOutput, Outcome, Stream
     from pbotvm_qemu.guest.spec import RunSpec
+    from pbotvm_qemu.machine import VirtualMachine
+    from pbotvm_qemu.ways import Way
 
 log = logging.getLogger(__name__)
 
-_SNAPSHOT_TIMEOUT = 120.0  # seconds to write a machine's memory
+OVERHEAD = 256 << 20  # bytes of host memory for one QEMU beside its guest's, translated code included
 _BACKOFF = (0.2, 1.0, 5.0, 15.0)  # seconds between failed starts
+_LOOK_AGAIN = 1.0  # seconds until there may be memory for one more
+_PROOF_TIMEOUT = 60.0
+_PROOF = specs.RunSpec(
+    files=(),
+    steps=(("true",),),
+    env={},
+    stdin=False,
+    limits=specs.Limits(wall=_PROOF_TIMEOUT, cpu=0, memory=0, processes=20, file_size=0, output=4096),
+    collect=(),
+)
 
 
-@dataclasses.dataclass(slots=True)
+@dataclasses.dataclass(slots=True, eq=False)
 class Lease:
-    """A machine that one caller has for himself."""
+    """A machine that one caller has for himself until he gives it back."""
 
     machine: VirtualMachine
+    number: int  # how many machines this pool had started before it, plus one
     clean: bool = False  # set by a caller who ran nothing on it
+    out: bool = False  # whether somebody has it
+    asleep: bool = False
+    lost: bool = False
+    returned: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
+
+    @property
+    def clone(self) -> str:
+        """What the machine is called in reports."""
+        return f"{self.machine.name}/{self.number}"
+
+
+def room(memory: int, available: int) -> int:
+    """Return how many machines with `memory` bytes each fit into `available` bytes of the host's memory."""
+    return available * 9 // 10 // (memory + OVERHEAD)
 
 
 class Pool:
-    """Hands out a clean machine. A context manager: leaving it ends the machine.
+    """Hands out clean machines. A context manager: leaving it ends them all.
 
-    `on_process` is told the pid of every QEMU that is started, so that a crash of ours leaves nothing unknown.
+    `size` machines are kept ready and unused, as long as not more than `most` live at once. `queue` requests may wait,
+    each up to `queue_wait` seconds.
     """
 
-    def __init__(self, plan: Plan, *, queue: int, queue_wait: float, on_process: Callable[[int], None]) -> None:
-        self._plan = plan
+    def __init__(
+        self,
+        way: Way,
+        *,
+        size: int = 1,
+        most: int = 1,
+        queue: int = 64,
+        queue_wait: float = 60.0,
+    ) -> None:
+        self.way = way
+        self._memory = way.plan.config.memory
+        self._most = 1 if way.single else max(most, 1)
+        self._size = 1 if way.single else min(size, self._most)
         self._queue = queue
         self._queue_wait = queue_wait
-        self._on_process = on_process
-        self._waiting: deque[asyncio.Future[VirtualMachine]] = deque()
-        self._idle: VirtualMachine | None = None
-        self._released = asyncio.Event()
+        self._turns: Turns[Lease] = Turns()
+        self._ready: deque[Lease] = deque()
+        self._alive: set[Lease] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._starting = 0
+        # A burst must not take the processors away from those who run: half of them may start machines.
+        self._starters = asyncio.Semaphore(max(1, (os.cpu_count() or 1) // 2))
+        self._numbers = itertools.count(1)
+        self._failures = 0
+        self._hold: asyncio.TimerHandle | None = None
         self._draining = False
-        self._task: asyncio.Task[None] | None = None
-        self._busy = 0
-        self.tag = plan.loadvm or SNAPSHOT
         self.problem: PbotVMError | None = None
         self.runs = 0
         self.starts = 0
         self.deaths = 0
 
     async def __aenter__(self) -> Self:
-        self._task = asyncio.create_task(self._keep())
+        self._refill()
         return self
 
     async def __aexit__(self, *_exc: object) -> None:
-        assert self._task
-        self._task.cancel()
-        await asyncio.gather(self._task, return_exceptions=True)
-        for waiting in self._waiting:
-            if not waiting.done():
-                waiting.set_exception(_shutting_down())
+        self._draining = True
+        if self._hold:
+            self._hold.cancel()
+        self._turns.refuse(_shutting_down())
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def ready(self) -> None:
-        """Wait until the first machine is up. Raises what kept it from starting."""
-        while self._idle is None:
-            if self.problem:
+        """Wait until as many machines as wanted are up. Raises what kept the first one from starting."""
+        while len(self._ready) < self._size:
+            if self.problem and not self._alive:
                 raise self.problem
             await asyncio.sleep(0.02)
 
     async def drain(self, timeout: float) -> bool:
         """Refuse new runs, and wait up to `timeout` seconds for those under way; tell whether all have ended."""
         self._draining = True
-        while self._waiting:
-            waiting = self._waiting.popleft()
-            if not waiting.done():
-                waiting.set_exception(_shutting_down())
+        self._turns.refuse(_shutting_down())
         until = time.monotonic() + timeout
-        while self._busy and time.monotonic() < until:
+        while self.busy and time.monotonic() < until:
             await asyncio.sleep(0.05)
-        return not self._busy
+        return not self.busy
+
+    @property
+    def busy(self) -> int:
+        """How many machines are handed out."""
+        return sum(lease.out for lease in self._alive)
+
+    @property
+    def machines(self) -> list[VirtualMachine]:
+        """The machines that live, ready or handed out."""
+        return [lease.machine for lease in self._alive]
 
     def status(self) -> dict[str, object]:
         """Return figures for `status`."""
-        idle = self._idle
+        first = next(iter(self._ready), None) or next(iter(self._alive), None)
+        hello = first.machine.hello if first else None
         return {
-            "ready": 1 if idle else 0,
-            "busy": self._busy,
-            "waiting": len(self._waiting),
+            "ready": len(self._ready),
+            "busy": self.busy,
+            "starting": self._starting,
+            "size": self._size,
+            "most": self._most,
+            "waiting": len(self._turns),
             "runs": self.runs,
             "starts": self.starts,
             "deaths": self.deaths,
-            "revert": "restart",
-            "snapshot": self.tag,
-            "pid": idle.pid if idle else None,
-            "transport": idle.hello.transport if idle and idle.hello else None,
-            "kernel": idle.hello.kernel if idle and idle.hello else None,
-            "ready_s": round(idle.ready_s, 3) if idle else None,
+            "revert": self.way.name,
+            "revert_why": self.way.why,
+            "pids": sorted(lease.machine.pid for lease in self._alive),
+            "transport": hello.transport if hello else None,
+            "kernel": hello.kernel if hello else None,
+            "ready_s": round(first.machine.ready_s, 3) if first else None,
             "problem": str(self.problem) if self.problem else None,
         }
 
     @asynccontextmanager
-    async def lease(self) -> AsyncIterator[Lease]:
-        """Have a clean machine for oneself; it is put back afterwards, unless the lease says that it is still clean.
-
-        Raises NeverRanError when the queue is full or no machine came free in time.
-        """
-        lease = Lease(await self._take())
-        self._busy += 1
+    async def lease(self, *, caller: str = "") -> AsyncIterator[Lease]:
+        """Have a clean machine for oneself; see `take`."""
+        lease = await self.take(caller=caller)
         try:
             yield lease
         finally:
-            self._busy -= 1
-            if lease.clean and lease.machine.alive:
-                self._offer(lease.machine)
-            else:
-                self._released.set()
+            self.give_back(lease)
+
+    async def take(self, *, caller: str = "") -> Lease:
+        """Return a clean machine, which the caller must give back.
+
+        `caller` names on whose behalf: waiting callers take turns. Raises NeverRanError when the queue is full or no
+        machine came free in time.
+        """
+        try:
+            async with asyncio.timeout(self._queue_wait):
+                while True:
+                    lease = await self._next(caller)
+                    if await self._awake(lease):
+                        return lease
+        except TimeoutError:
+            why = f": {self.problem}" if self.problem else ""
+            raise NeverRanError(
+                f"no machine came free within {self._queue_wait:.0f} s{why}", hint="try again later"
+            ) from None
+
+    def give_back(self, lease: Lease) -> None:
+        """End a lease. The machine is made clean or replaced, unless the lease says that it is still clean."""
+        lease.returned.set()
 
     async def run(
         self,
@@ -136,154 +206,248 @@ class Pool:
         *,
         on_output: OnOutput,
         stdin: AsyncIterator[bytes] | None = None,
+        caller: str = "",
     ) -> Outcome:
         """Run a program on a clean machine, see Channel.execute for what is raised."""
         begin = time.monotonic()
-        async with self.lease() as lease:
-            machine = lease.machine
+        async with self.lease(caller=caller) as lease:
             queued = time.monotonic() - begin
-            self.runs += 1
-            clone = f"{machine.name}/{self.starts}"
-            outcome = await machine.execute(spec, content, on_output=on_output, stdin=stdin)
+            return self.signed(
+                await self.execute(lease, spec, content, on_output=on_output, stdin=stdin), lease, queued
+            )
+
+    async def execute(
+        self,
+        lease: Lease,
+        spec: RunSpec,
+        content: Sequence[bytes],
+        *,
+        on_output: OnOutput,
+        stdin: AsyncIterator[bytes] | None = None,
+    ) -> Outcome:
+        """Run a program on a machine that the caller has."""
+        self.runs += 1
+        return await lease.machine.execute(spec, content, on_output=on_output, stdin=stdin)
+
+    def signed(self, outcome: Outcome, lease: Lease, queued: float) -> Outcome:
+        """Return `outcome` with where and how it ran."""
+        hello = lease.machine.hello
         return dataclasses.replace(
             outcome,
             queue_s=round(queued, 4),
-            transport=machine.hello.transport if machine.hello else "",
-            clone=clone,
-            revert="restart",
+            transport=hello.transport if hello else "",
+            clone=lease.clone,
+            revert=self.way.name,
         )
 
-    async def snapshots(self) -> list[dict[str, object]]:
-        """Return the snapshots of the machine as QEMU's SnapshotInfo objects."""
-        async with self.lease() as lease:
-            lease.clean = True
-            return await lease.machine.monitor.snapshots(DISK)
+    async def adopt(self, start: Callable[[], Awaitable[VirtualMachine]]) -> Lease:
+        """Have `start` make one more machine, and return it handed out already: it counts as one of the pool's.
 
-    async def snapshot_create(self, tag: str) -> None:
-        """Save the machine as it stands now under a new tag. Raises StateError when the tag is taken."""
-        async with self.lease() as lease:
-            lease.clean = True
-            monitor = lease.machine.monitor
-            if tag in _tags(await monitor.snapshots(DISK)):
-                raise StateError(f"there is a snapshot {tag!r} already", hint="delete it first, or use another tag")
-            await monitor.snapshot_save(tag, DISK, timeout=_SNAPSHOT_TIMEOUT)
-
-    async def snapshot_delete(self, tag: str) -> None:
-        """Delete a snapshot. Raises StateError when there is none, or the machine starts from it."""
-        async with self.lease() as lease:
-            lease.clean = True
-            if tag in (self.tag, SNAPSHOT):
-                raise StateError(
-                    f"snapshot {tag!r} is the one that runs start from", hint="revert to another one first"
-                )
-            _require(tag, await lease.machine.monitor.snapshots(DISK))
-            await lease.machine.monitor.snapshot_delete(tag, DISK, timeout=_SNAPSHOT_TIMEOUT)
-
-    async def revert(self, tag: str) -> str:
-        """Put the machine back to snapshot `tag`, which later runs start from too; return the way that was taken.
-
-        In the running process when that works ("loadvm"), else by a new process ("restart"). Raises StateError when
-        there is no such snapshot, MonitorError when QEMU refuses; the machine is then as before.
+        Raises NeverRanError when no more may live, and whatever `start` raises.
         """
-        async with self.lease() as lease:
-            monitor = lease.machine.monitor
-            lease.clean = True
-            _require(tag, await monitor.snapshots(DISK))
-            try:
-                await lease.machine.revert(tag, timeout=RESTORE_TIMEOUT[self._plan.accelerator] / 4)
-            except GuestError as exc:
-                # Under emulation a load in process does not rewind the guest's clock, and some guests then hang.
-                log.warning("the agent was silent after snapshot-load (%s); starting a new process", exc)
-                lease.clean = False
-            except MonitorError:
-                lease.clean = False
-                raise
-            self.tag = tag
-            return "loadvm" if lease.clean else "restart"
+        if len(self._alive) + self._starting >= self._most:
+            raise NeverRanError(
+                f"{self._most} machines live already", hint="end a session, or allow more with most in [pool]"
+            )
+        self._starting += 1
+        try:
+            machine = await start()
+        finally:
+            self._starting -= 1
+        lease = self._enlist(machine)
+        lease.out = True
+        self._spawn(self._look_after(lease))
+        return lease
 
-    async def _take(self) -> VirtualMachine:
+    def replace_ready(self) -> None:
+        """End the machines that wait unused, and have new ones started."""
+        for lease in self._ready:
+            lease.lost = True
+            lease.returned.set()
+        self._ready.clear()
+        self._refill()
+
+    # Handing out -------------------------------------------------------------------------------------------------------
+
+    async def _next(self, caller: str) -> Lease:
+        """Return a machine from the pool, or the next one that comes free."""
         if self._draining:
             raise _shutting_down()
-        if self._idle and not self._waiting:
-            machine, self._idle = self._idle, None
-            return machine
-        if len(self._waiting) >= self._queue:
+        if self._ready and not len(self._turns):
+            lease = self._ready.popleft()
+            lease.out = True
+            self._refill()
+            return lease
+        if len(self._turns) >= self._queue:
             raise NeverRanError(
                 f"{self._queue} requests wait already", hint="try again later, or raise queue in [relay] of config.toml"
             )
-        place: asyncio.Future[VirtualMachine] = asyncio.get_running_loop().create_future()
-        self._waiting.append(place)
+        place = self._turns.join(caller)
+        self._refill()
         try:
-            async with asyncio.timeout(self._queue_wait):
-                return await place
-        except BaseException as exc:
+            return await place
+        except asyncio.CancelledError:
             if place.done() and not place.cancelled() and place.exception() is None:
-                self._offer(place.result())  # it came in the moment in which we gave up
+                lease = place.result()  # it came in the moment in which we gave up
+                lease.clean = True
+                self.give_back(lease)
             else:
-                place.cancel()
-                with contextlib.suppress(ValueError):
-                    self._waiting.remove(place)
-            if not isinstance(exc, TimeoutError):
-                raise
-            why = f": {self.problem}" if self.problem else ""
-            raise NeverRanError(
-                f"no machine came free within {self._queue_wait:.0f} s{why}", hint="try again later"
-            ) from None
+                self._turns.leave(caller, place)
+            raise
 
-    def _offer(self, machine: VirtualMachine) -> None:
-        """Give a clean machine to whoever waits longest."""
-        while self._waiting:
-            place = self._waiting.popleft()
-            if not place.done():
-                place.set_result(machine)
-                return
-        self._idle = machine
-
-    async def _keep(self) -> None:
-        """Keep one clean machine: start it, wait until it was used or died, end it, again."""
-        failures = 0
-        while True:
-            self._released.clear()
-            try:
-                async with VirtualMachine(
-                    dataclasses.replace(self._plan, loadvm=self.tag), on_started=self._on_process
-                ) as machine:
-                    failures = 0
-                    self.problem = None
-                    self.starts += 1
-                    self._offer(machine)
-                    await self._used_or_dead(machine)
-                    self._idle = None
-            except PbotVMError as exc:
-                self.problem = exc
-                log.error("%s", exc)  # noqa: TRY400 - the message says it all
-                await asyncio.sleep(_BACKOFF[min(failures, len(_BACKOFF) - 1)])
-                failures += 1
-
-    async def _used_or_dead(self, machine: VirtualMachine) -> None:
-        released = asyncio.create_task(self._released.wait())
+    async def _awake(self, lease: Lease) -> bool:
+        """Let a machine that is handed out go on; False when it has died in its sleep."""
+        if not lease.asleep:
+            return True
         try:
-            await asyncio.wait({released, machine.exited}, return_when=asyncio.FIRST_COMPLETED)
+            await lease.machine.wake()
+        except MonitorError as exc:
+            log.error("machine %s was lost while it waited: %s", lease.clone, exc)  # noqa: TRY400 - it says it all
+            lease.lost = True
+            self.give_back(lease)
+            return False
+        except BaseException:
+            self.give_back(lease)  # asleep or awake, who knows: not clean
+            raise
+        lease.asleep = False
+        return True
+
+    def _offer(self, lease: Lease) -> None:
+        """Give a clean machine to whose turn it is, or keep it ready."""
+        lease.out, lease.clean = True, False
+        if not self._turns.serve(lease):
+            lease.out = False
+            self._ready.append(lease)
+
+    # Lives -------------------------------------------------------------------------------------------------------------
+
+    def _spawn(self, work: Awaitable[None]) -> None:
+        task = asyncio.ensure_future(work)
+        assert isinstance(task, asyncio.Task)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _refill(self) -> None:
+        """Start as many machines as are wanted and allowed."""
+        if self._draining or self._hold:
+            return
+        while len(self._ready) + self._starting < max(self._size, len(self._turns)):
+            if len(self._alive) + self._starting >= self._most:
+                return
+            need = self._memory + OVERHEAD
+            if process.memory_available() < need:
+                self._failed(
+                    HostError(
+                        f"the host has no memory for one more machine, which needs up to {need >> 20} MiB",
+                        hint="keep fewer machines (--pool), or make one with less --memory",
+                    ),
+                    wait=_LOOK_AGAIN,
+                )
+                return
+            self._starting += 1
+            self._spawn(self._live())
+
+    def _failed(self, problem: PbotVMError, *, wait: float | None = None) -> None:
+        """Note that a start failed, and try again after a while."""
+        self.problem = problem
+        log.error("%s", problem)
+        if wait is None:
+            wait = _BACKOFF[min(self._failures, len(_BACKOFF) - 1)]
+            self._failures += 1
+        if self._hold:
+            self._hold.cancel()
+        self._hold = asyncio.get_running_loop().call_later(wait, self._resume)
+
+    def _resume(self) -> None:
+        self._hold = None
+        self._refill()
+
+    def _enlist(self, machine: VirtualMachine) -> Lease:
+        self.starts += 1
+        self._failures = 0
+        self.problem = None
+        lease = Lease(machine, next(self._numbers))
+        self._alive.add(lease)
+        return lease
+
+    async def _live(self) -> None:
+        """One machine's life: started, used, ended."""
+        try:
+            async with self._starters:
+                lease = self._enlist(await self.way.start())
+                try:
+                    await self._prepare(lease)
+                except BaseException:
+                    await self._end(lease)
+                    raise
+        except PbotVMError as exc:
+            self._starting -= 1
+            self._failed(exc)
+            return
+        except BaseException:
+            self._starting -= 1
+            raise
+        self._starting -= 1
+        self._offer(lease)
+        await self._look_after(lease)
+
+    async def _prepare(self, lease: Lease) -> None:
+        """Have a machine show that it works, and put it to sleep; unless somebody waits for it, who will see."""
+        if len(self._turns):
+            return
+
+        async def ignore(_stream: Stream, _data: bytes) -> None:
+            pass
+
+        outcome = await lease.machine.execute(_PROOF, [], on_output=ignore)
+        if outcome.status != 0:
+            raise GuestError(f"machine {lease.clone} cannot run a program: {outcome.message or outcome.exit_code}")
+        if not len(self._turns):
+            await lease.machine.sleep()
+            lease.asleep = True
+
+    async def _look_after(self, lease: Lease) -> None:
+        """Follow a machine until its end, and see to a successor."""
+        try:
+            while await self._used_and_well(lease):
+                lease.returned.clear()
+                if not lease.clean and not await self.way.renew(lease.machine):
+                    break
+                if not lease.asleep:
+                    await self._prepare(lease)
+                self._offer(lease)
+        except PbotVMError as exc:
+            log.error("machine %s is of no use any more: %s", lease.clone, exc)  # noqa: TRY400 - it says it all
         finally:
-            released.cancel()
-        if not self._released.is_set():
+            await self._end(lease)
+
+    async def _used_and_well(self, lease: Lease) -> bool:
+        """Wait until the machine is given back or dies; tell whether it can be used again."""
+        returned = asyncio.create_task(lease.returned.wait())
+        try:
+            await asyncio.wait({returned, lease.machine.exited}, return_when=asyncio.FIRST_COMPLETED)
+            if lease.out:  # whoever has it sees its end first, and then gives it back
+                await returned
+        finally:
+            returned.cancel()
+        if lease.machine.alive and not lease.lost:
+            return not self._draining
+        if not lease.machine.alive:
             self.deaths += 1
-            log.error(
-                "QEMU %d of machine %s died: %s", machine.pid, machine.name, machine.log_tail() or "its log is empty"
-            )
+            log.error("QEMU of machine %s died: %s", lease.clone, lease.machine.log_tail() or "its log is empty")
+        elif lease.out:
+            self.deaths += 1
+        return False
+
+    async def _end(self, lease: Lease) -> None:
+        if lease in self._ready:
+            self._ready.remove(lease)
+        try:
+            await lease.machine.stop()
+        finally:
+            self._alive.discard(lease)
+            self._refill()
 
 
 def _shutting_down() -> NeverRanError:
     return NeverRanError("the machine is being stopped", hint="start it with `pbotvm-qemu run`")
-
-
-def _tags(snapshots: list[dict[str, object]]) -> list[str]:
-    return [str(snapshot.get("name")) for snapshot in snapshots]
-
-
-def _require(tag: str, snapshots: list[dict[str, object]]) -> None:
-    if tag not in _tags(snapshots):
-        raise StateError(
-            f"there is no snapshot {tag!r} (there are: {', '.join(_tags(snapshots)) or 'none'})",
-            hint="see `pbotvm-qemu snapshot list`",
-        )

@@ -164,6 +164,27 @@ class Identity:
         return False
 
 
+def with_words(*words: str) -> list[Identity]:
+    """Return the processes that have `words` in a row in their command line."""
+    wanted = list(words)
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        line = process.info["cmdline"] or []
+        if any(line[index : index + len(wanted)] == wanted for index in range(len(line))) and (
+            identity := Identity.of(process.pid)
+        ):
+            found.append(identity)
+    return found
+
+
+def stopped(pid: int) -> bool:
+    """Tell whether process `pid` was stopped by a signal."""
+    try:
+        return str(psutil.Process(pid).status()) == psutil.STATUS_STOPPED
+    except psutil.NoSuchProcess:
+        return False
+
+
 @dataclass(frozen=True, slots=True)
 class Usage:
     """What a process uses now."""

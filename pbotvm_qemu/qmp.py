@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 # qemu.qmp logs every lost connection as an error; who lost it says so himself.
 logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)
 
+_FILE_URI = (9, 1)
+_NO_LIMIT = 1 << 40  # bytes a second
+
 
 @contextmanager
 def _translate(what: str) -> Iterator[None]:
@@ -73,6 +76,68 @@ class Monitor:
         for job in jobs if isinstance(jobs, list) else ():
             if job.get("id") == id_ and job.get("error"):
                 raise MonitorError(f"{command}: {job['error']}", hint="see `pbotvm-qemu logs`")
+
+    @property
+    def version(self) -> tuple[int, int]:
+        """Major and minor version of QEMU, from its greeting; (0, 0) when it said nothing that makes sense."""
+        greeting = self._client.greeting
+        number = greeting.QMP.version.get("qemu") if greeting else None
+        try:
+            return (int(number["major"]), int(number["minor"])) if isinstance(number, dict) else (0, 0)
+        except (KeyError, TypeError, ValueError):
+            return 0, 0
+
+    async def give(self, fd: int, name: str) -> str:
+        """Hand the open file `fd` to QEMU; return the migration URI by which it is reached.
+
+        From 9.1 on a plain file behind `fd:` is deprecated in favour of a descriptor set (docs/about/deprecated.rst).
+        """
+        with _translate("passing a descriptor"):
+            self._client.send_fd_scm(fd)
+        if self.version >= _FILE_URI:
+            answer = await self.execute("add-fd", opaque=name)
+            number = answer.get("fdset-id") if isinstance(answer, dict) else None
+            return f"file:/dev/fdset/{number}"
+        await self.execute("getfd", fdname=name)
+        return f"fd:{name}"
+
+    async def save_state(self, fd: int, *, without_memory: bool, timeout: float) -> None:
+        """Write the state of the stopped machine to the open file `fd`; it stays stopped.
+
+        `without_memory` leaves out memory that is a shared file anyway. Raises MonitorError when QEMU cannot.
+        """
+        await self.execute("migrate-set-parameters", max_bandwidth=_NO_LIMIT)
+        await self._transfer("migrate", await self.give(fd, "save"), without_memory=without_memory, timeout=timeout)
+
+    async def load_state(self, fd: int, *, without_memory: bool, timeout: float) -> None:
+        """Read the state of a machine that was started with `-incoming defer`; it stays stopped.
+
+        Raises MonitorError when the state does not fit. The process is of no use then.
+        """
+        uri = await self.give(fd, "load")
+        await self._transfer("migrate-incoming", uri, without_memory=without_memory, timeout=timeout)
+
+    async def _transfer(self, command: str, uri: str, *, without_memory: bool, timeout: float) -> None:
+        await self._capabilities(events=True, **{"x-ignore-shared": without_memory})
+        with self._client.listener("MIGRATION") as listener:
+            await self.execute(command, uri=uri, timeout=timeout)
+            with _translate(command):
+                async with asyncio.timeout(timeout):
+                    while True:
+                        data = (await listener.get())["data"]
+                        status = data.get("status") if isinstance(data, dict) else None
+                        if status in ("completed", "failed", "cancelled"):
+                            break
+        if status != "completed":
+            about = await self.execute("query-migrate")
+            why = about.get("error-desc") if isinstance(about, dict) else None
+            raise MonitorError(f"{command}: {why or status}", hint="see `pbotvm-qemu logs`")
+        if without_memory:  # a later snapshot of this process must hold its memory
+            await self._capabilities(**{"x-ignore-shared": False})
+
+    async def _capabilities(self, **wanted: bool) -> None:
+        states = [{"capability": name, "state": state} for name, state in wanted.items()]
+        await self.execute("migrate-set-capabilities", capabilities=states)
 
     async def snapshot_save(self, tag: str, node: str, *, timeout: float) -> None:
         """Save the machine's whole state under `tag` in the qcow2 file behind block node `node`."""

@@ -10,14 +10,14 @@ import os
 import shutil
 import time
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pbotvm_qemu import config, paths, process
 from pbotvm_qemu.errors import ConfigError, StateError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
-    from pathlib import Path
+    from collections.abc import AsyncIterator, Callable, Iterator
 
 _VERSION = 1
 _POLL = 0.05  # seconds between two looks at a lock: flock has no deadline
@@ -44,7 +44,6 @@ class ProcessRecord:
     """Who runs a machine now."""
 
     keeper: process.Identity
-    qemu: process.Identity | None
     purpose: str  # "run", "start", "exec" or "create"
     relay: str  # HOST:PORT that PBot clients reach, or empty
 
@@ -143,6 +142,7 @@ def forget_lock(name: str) -> None:
     """Delete the runtime files of a machine that is gone."""
     machine = paths.MachinePaths(config.machine_name(name))
     shutil.rmtree(machine.runtime, ignore_errors=True)
+    machine.keeper_lock.unlink(missing_ok=True)
     machine.lock.unlink(missing_ok=True)
 
 
@@ -162,10 +162,8 @@ def get_process(name: str) -> ProcessRecord | None:
     """Return who runs, or ran until a crash, machine `name`; None when it was ended in order."""
     try:
         table = json.loads(paths.MachinePaths(name).process_record.read_text("utf-8"))
-        qemu = table["qemu"]
         return ProcessRecord(
             keeper=process.Identity(int(table["keeper"]["pid"]), float(table["keeper"]["started"])),
-            qemu=process.Identity(int(qemu["pid"]), float(qemu["started"])) if qemu else None,
             purpose=str(table["purpose"]),
             relay=str(table["relay"]),
         )
@@ -189,33 +187,81 @@ async def lock(
     killed holder left behind is killed first.
     """
     machine = paths.MachinePaths(config.machine_name(name))
-    for folder in (paths.runtime_dir(), machine.lock.parent):
-        paths.private(folder, mode=0o711)
-    fd = await _acquire(machine.lock, name, wait, on_wait)
-    try:
+    async with _held(machine.lock, name, wait=wait, on_wait=on_wait):
         paths.private(machine.runtime, mode=0o711)
-        end_orphan(name)
-        me = process.Identity.of(os.getpid())
-        assert me
-        set_process(name, ProcessRecord(me, None, purpose, ""))
-        try:
+        end_orphans(name)
+        with _recorded(name, purpose):
             yield
-        finally:
-            clear_process(name)
+
+
+@contextlib.asynccontextmanager
+async def share(name: str, *, wait: float = 0.0, on_wait: Callable[[str], None] | None = None) -> AsyncIterator[None]:
+    """Hold machine `name` together with others while the body runs: enough for whoever only clones it.
+
+    Waits up to `wait` seconds for somebody who has it alone. Raises StateError that names him after that.
+    """
+    machine = paths.MachinePaths(config.machine_name(name))
+    async with _held(machine.lock, name, shared=True, wait=wait, on_wait=on_wait):
+        yield
+
+
+@contextlib.asynccontextmanager
+async def keep(name: str, *, purpose: str, alone: bool) -> AsyncIterator[None]:
+    """Be the one keeper of machine `name` while the body runs, and say so in its process record.
+
+    `alone` for a keeper that uses the machine's own disk. Raises StateError that names who is in the way.
+    """
+    machine = paths.MachinePaths(config.machine_name(name))
+    async with (
+        _held(machine.keeper_lock, name),
+        _held(machine.lock, name, shared=not alone),
+    ):
+        paths.private(machine.runtime, mode=0o711)
+        if alone:
+            end_orphans(name)
+        with _recorded(name, purpose):
+            yield
+
+
+@contextlib.contextmanager
+def _recorded(name: str, purpose: str) -> Iterator[None]:
+    """Say who runs machine `name` while the body runs."""
+    me = process.Identity.of(os.getpid())
+    assert me
+    set_process(name, ProcessRecord(me, purpose, ""))
+    try:
+        yield
+    finally:
+        clear_process(name)
+
+
+@contextlib.asynccontextmanager
+async def _held(
+    file: Path,
+    name: str,
+    *,
+    shared: bool = False,
+    wait: float = 0.0,
+    on_wait: Callable[[str], None] | None = None,
+) -> AsyncIterator[None]:
+    for folder in (paths.runtime_dir(), file.parent):
+        paths.private(folder, mode=0o711)
+    fd = await _acquire(file, name, wait, on_wait, shared=shared)
+    try:
+        yield
     finally:
         os.close(fd)
 
 
-async def _acquire(file: Path, name: str, wait: float, on_wait: Callable[[str], None] | None) -> int:
+async def _acquire(file: Path, name: str, wait: float, on_wait: Callable[[str], None] | None, *, shared: bool) -> int:
     """Return a descriptor that holds the lock on `file`."""
     until = time.monotonic() + wait
     told = False
     while True:
-        fd = _try_lock(file)
+        fd = _try_lock(file, shared=shared)
         if fd is not None:
             return fd
-        holder = running(name)
-        who = f"`pbotvm-qemu {holder.purpose}` (pid {holder.keeper.pid})" if holder else "another process"
+        who = _holder(file, name)
         if time.monotonic() >= until:
             raise StateError(
                 f"machine {name!r} is in use by {who}", hint="try again later, or stop it with `pbotvm-qemu stop`"
@@ -226,11 +272,24 @@ async def _acquire(file: Path, name: str, wait: float, on_wait: Callable[[str], 
         await asyncio.sleep(_POLL)
 
 
-def _try_lock(file: Path) -> int | None:
+def _holder(file: Path, name: str) -> str:
+    """Return in words who holds the lock on `file`."""
+    if holder := running(name):
+        return f"`pbotvm-qemu {holder.purpose}` (pid {holder.keeper.pid})"
+    with contextlib.suppress(OSError):
+        inode = str(file.stat().st_ino)
+        for line in Path("/proc/locks").read_text("ascii").splitlines():  # proc_locks(5)
+            words = line.split()
+            if len(words) > 5 and words[1] == "FLOCK" and words[5].rpartition(":")[2] == inode:
+                return f"process {words[4]}"
+    return "another process"
+
+
+def _try_lock(file: Path, *, shared: bool) -> int | None:
     """Return a descriptor that holds the lock on `file`, or None when somebody else has it."""
     fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         if os.fstat(fd).st_ino == file.stat().st_ino:  # else `rm` deleted it while we waited: ours is nobody's lock
             return fd
     except (BlockingIOError, FileNotFoundError):
@@ -239,9 +298,30 @@ def _try_lock(file: Path) -> int | None:
     return None
 
 
-def end_orphan(name: str) -> process.Identity | None:
-    """Kill the QEMU of a holder that is gone; return what was killed. The caller holds the lock."""
-    record = get_process(name)
-    if record and record.qemu and record.qemu.kill():
-        return record.qemu
-    return None
+def orphans(name: str) -> list[process.Identity]:
+    """Return every QEMU of machine `name` that runs. Without a holder of the machine, those that a crash left."""
+    with contextlib.suppress(StateError):
+        return process.with_words("-uuid", load(name).uuid)
+    return []
+
+
+def held(name: str) -> bool:
+    """Tell whether anybody has machine `name`, alone or with others."""
+    file = paths.MachinePaths(name).lock
+    try:
+        fd = os.open(file, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
+
+
+def end_orphans(name: str) -> None:
+    """Kill the QEMUs of holders that are gone. The caller holds the lock alone."""
+    for orphan in orphans(name):
+        orphan.kill()

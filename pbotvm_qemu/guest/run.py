@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 _LOOK = 0.25  # seconds between two looks at a run's memory
 _STARVED = 4  # looks in a row without memory that end it
 _DRAIN = 2.0  # seconds for output to end after every process was killed
+_DRAIN_KEPT = 0.2  # seconds without output after which a kept run's streams are closed: what it left may hold them
 _PATH = "/usr/local/bin:/usr/bin:/bin:/usr/local/sbin:/usr/sbin:/sbin"
 
 
@@ -62,7 +63,8 @@ class Run:
         self._owner = owner
         self._on_done = on_done
         self._stage = _Stage.RECEIVING
-        self._directory = f"{owner.home}/{id_}"
+        self._keep = spec.keep
+        self._directory = f"{owner.home}/{'session' if self._keep else id_}"
         self._pending_files = deque(spec.files)
         self._file = -1
         self._file_left = 0
@@ -89,12 +91,17 @@ class Run:
         self._started = time.monotonic()
         self._ended = 0.0
         self._timer: Timer | None = None
-        system.remove_tree(self._directory)
-        os.mkdir(self._directory, 0o700)
-        self._give(self._directory)
+        if not self._keep:
+            system.remove_tree(self._directory)
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(self._directory, 0o700)
+            self._give(self._directory)
         if owner.cgroups:
             memory = spec.limits.memory or max(system.memory_total() - system.RESERVE, 16 << 20)
-            self._cgroup = system.Cgroup(f"run-{id_}", memory=memory, processes=spec.limits.processes)
+            # Numbers of runs begin anew with each host, groups of an earlier one may still be there.
+            self._cgroup = system.Cgroup(
+                f"run-{id_}-{time.monotonic_ns()}", memory=memory, processes=spec.limits.processes
+            )
         self._next_file()
 
     @property
@@ -181,6 +188,8 @@ class Run:
         while self._pending_files:
             file = self._pending_files.popleft()
             path = f"{self._directory}/{file.name}"
+            if self._keep:  # of an earlier run
+                system.remove(path)
             self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
             self._give(path)
             self._file_left = file.size
@@ -332,10 +341,24 @@ class Run:
         self._ended = time.monotonic()
         if self._timer:
             self._timer.cancel()
-        self._kill()
+        if not self._keep or self._limit or self._cancelled:
+            self._kill()
         self._close_stdin()
-        self._timer = self._loop.after(_DRAIN, self._drained)
+        self._wait_for_output()
         if not self._outputs:
+            self._drained()
+
+    def _wait_for_output(self) -> None:
+        """Give the streams their time to end."""
+        if self._timer:
+            self._timer.cancel()
+        self._timer = self._loop.after(_DRAIN_KEPT if self._keep else _DRAIN, self._silent)
+
+    def _silent(self) -> None:
+        """No output came for a while."""
+        if self._keep and self._paused:  # because the host does not take it
+            self._wait_for_output()
+        else:
             self._drained()
 
     # Streams -----------------------------------------------------------------------------------------------------------
@@ -363,9 +386,8 @@ class Run:
         if data:
             self._sent += len(data)
             self._room -= wire.cost(data)
-            if self._stage is _Stage.DRAINING and self._timer:  # the host is reading: it gets its time anew
-                self._timer.cancel()
-                self._timer = self._loop.after(_DRAIN, self._drained)
+            if self._stage is _Stage.DRAINING:  # the host is reading: it gets its time anew
+                self._wait_for_output()
             self._port.send(wire.encode(self._outputs[fd], self._id, data))
 
     def _close_output(self, fd: int) -> None:
@@ -421,7 +443,7 @@ class Run:
         if self._timer:
             self._timer.cancel()
         for fd in list(self._outputs):
-            self._truncated = True  # held open by something that we could not kill
+            self._truncated = self._truncated or not self._keep  # held open by something that we could not kill
             self._close_output(fd)
         built = self._status == 0 and not self._limit and not self._cancelled and not self._message
         if built and self._step < len(self._spec.steps) - 1:
@@ -538,6 +560,10 @@ class Run:
     def _remove(self, tries: int = 100) -> None:
         """Remove group and directory; the kernel needs a moment until killed processes are out of the group."""
         gone = self._cgroup is None or self._cgroup.remove()
+        if self._keep:
+            if self._cgroup:
+                self._cgroup.forget()  # what runs on keeps it
+            return
         if (self._pidfd >= 0 or not gone) and tries:
             self._loop.after(0.02, lambda: self._remove(tries - 1))
             return

@@ -45,6 +45,7 @@ class RunSpec(NamedTuple):
     stdin: bool
     limits: Limits
     collect: tuple[str, ...]
+    keep: bool = False  # of a session: its folder and what it leaves running stay for the next run
 
     def to_json(self) -> dict[str, object]:
         """Return the payload of a `run` frame."""
@@ -55,6 +56,7 @@ class RunSpec(NamedTuple):
             "stdin": self.stdin,
             "limits": self.limits._asdict(),
             "collect": list(self.collect),
+            "keep": self.keep,
         }
 
 
@@ -78,7 +80,8 @@ def parse(value: dict[str, object]) -> RunSpec:
         if not name or "=" in name or not _clean(name) or not _clean(text):
             raise BadRequestError(f"env: {name[:40]!r} cannot be set")
     collect = tuple(file_name(item) for item in _list(value, "collect", wire.FILES_MAX))
-    return RunSpec(files, steps, env, value.get("stdin") is True, _limits(value.get("limits")), collect)
+    limits = _limits(value.get("limits"))
+    return RunSpec(files, steps, env, value.get("stdin") is True, limits, collect, value.get("keep") is True)
 
 
 def file_name(value: object) -> str:

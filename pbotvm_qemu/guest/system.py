@@ -42,8 +42,12 @@ def add_entropy(data: bytes) -> None:
 
 
 def set_hostname(name: str) -> None:
-    """Set the guest's host name."""
+    """Set the guest's host name, and have it lead to the guest itself."""
+    if name == socket.gethostname():
+        return
     socket.sethostname(name)
+    with contextlib.suppress(OSError), open("/etc/hosts", "w", encoding="ascii") as file:
+        file.write(f"127.0.0.1 localhost {name}\n::1 localhost {name}\n")
 
 
 def grow_root(device: str = "/dev/vda") -> None:
@@ -184,10 +188,14 @@ class Cgroup:
             pass
         except OSError:
             return False
+        self.forget()
+        return True
+
+    def forget(self) -> None:
+        """Leave the group to the processes that are in it."""
         if self.procs >= 0:
             os.close(self.procs)
             self.procs = -1
-        return True
 
     def _write(self, name: str, value: str) -> None:
         with open(f"{self.path}/{name}", "w", encoding="ascii") as file:
@@ -206,6 +214,16 @@ class Cgroup:
                 return {key: int(value) for key, value in (line.split() for line in file)}
         except (OSError, ValueError):
             return {}
+
+
+def remove(path: str) -> None:
+    """Remove the file `path`, or the folder, or nothing; a link goes, not what it leads to."""
+    try:
+        os.unlink(path)
+    except IsADirectoryError:
+        remove_tree(path)
+    except FileNotFoundError:
+        pass
 
 
 def remove_tree(path: str) -> None:

@@ -14,12 +14,16 @@ PACKAGE = Path(pbotvm_qemu.__file__).parent
 
 # A module imports only from the rows before its own.
 ROWS = (
-    {"guest", "errors"},
+    {"guest", "errors", "turns"},
     {"paths", "config", "languages", "process", "qmp", "channel"},
     {"net", "accel", "image", "state", "request"},
-    {"machine", "execution"},
+    {"plan", "execution"},
+    {"template"},
+    {"machine"},
+    {"ways"},
     {"pool"},
-    {"control", "relay"},
+    {"sessions", "snapshots", "relay"},
+    {"control"},
     {"keeper"},
     {"commands"},
     {"bench", "doctor"},

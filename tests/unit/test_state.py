@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from pbotvm_qemu import paths, process, state
+from pbotvm_qemu import paths, state
 from pbotvm_qemu.config import MachineConfig
 from pbotvm_qemu.errors import PbotVMError, StateError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
 RECORD = state.MachineRecord(
@@ -30,20 +29,6 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for variable in ("XDG_DATA_HOME", "XDG_CACHE_HOME", "XDG_RUNTIME_DIR", "XDG_CONFIG_HOME"):
         monkeypatch.setenv(variable, str(tmp_path / variable[4]))
     paths.private(paths.MachinePaths("m").directory)
-
-
-@pytest.fixture
-def sleeper() -> Iterator[subprocess.Popen[bytes]]:
-    child = subprocess.Popen(["sleep", "60"])
-    yield child
-    child.kill()
-    child.wait()
-
-
-def identity(pid: int) -> process.Identity:
-    found = process.Identity.of(pid)
-    assert found
-    return found
 
 
 def test_record_comes_back() -> None:
@@ -141,7 +126,7 @@ async def test_lock_says_who_has_it_and_leaves_nothing() -> None:
     async with state.lock("m", purpose="exec"):
         holder = state.running("m")
         assert holder
-        assert (holder.keeper.pid, holder.purpose, holder.qemu) == (os.getpid(), "exec", None)
+        assert (holder.keeper.pid, holder.purpose) == (os.getpid(), "exec")
     assert state.get_process("m") is None
 
 
@@ -197,24 +182,49 @@ async def test_lock_of_a_deleted_machine_is_held_by_one() -> None:
     assert len(inside) == 1
 
 
-DEAD = process.Identity(2**22 + 1, 1.0)
+async def test_those_who_clone_share_a_machine_and_keep_others_out() -> None:
+    async with state.share("m"), state.share("m"):
+        assert state.held("m")
+        with pytest.raises(StateError, match=f"process {os.getpid()}"):
+            async with state.lock("m", purpose="create"):
+                pytest.fail("somebody has it alone though others share it")
+    assert not state.held("m")
 
 
-async def test_qemu_of_a_killed_holder_is_ended_by_the_next(sleeper: subprocess.Popen[bytes]) -> None:
-    paths.private(paths.MachinePaths("m").runtime)
-    state.set_process("m", state.ProcessRecord(DEAD, identity(sleeper.pid), "run", ""))
-    assert state.running("m") is None
-    async with state.lock("m", purpose="exec"):
-        assert sleeper.wait(10) == -9
+async def test_there_is_one_keeper_and_others_may_clone_beside_it() -> None:
+    async with state.keep("m", purpose="run", alone=False):
+        async with state.share("m"):
+            pass
+        with pytest.raises(StateError, match=r"`pbotvm-qemu run`"):
+            async with state.keep("m", purpose="start", alone=False):
+                pytest.fail("two keepers")
 
 
-async def test_process_that_got_the_pid_of_a_qemu_lives_on(sleeper: subprocess.Popen[bytes]) -> None:
-    paths.private(paths.MachinePaths("m").runtime)
-    earlier = replace(identity(sleeper.pid), started=1.0)
-    state.set_process("m", state.ProcessRecord(earlier, earlier, "run", ""))
-    assert state.running("m") is None
-    assert state.end_orphan("m") is None
-    assert sleeper.poll() is None
+async def test_a_keeper_that_uses_the_disk_has_the_machine_alone() -> None:
+    async with state.keep("m", purpose="run", alone=True):
+        with pytest.raises(StateError, match="in use"):
+            async with state.share("m"):
+                pytest.fail("somebody clones what another one writes to")
+
+
+def mark(uuid: str) -> subprocess.Popen[bytes]:
+    """Start a process that looks like the QEMU of machine `uuid`."""
+    return subprocess.Popen(["sh", "-c", "read nothing", "qemu", "-uuid", uuid], stdin=subprocess.PIPE)
+
+
+async def test_qemu_of_a_killed_holder_is_ended_by_the_next_who_has_the_machine_alone() -> None:
+    state.save(replace(RECORD, uuid="0f3b-m"))
+    orphan, foreign = mark("0f3b-m"), mark("0f3b-n")
+    try:
+        async with state.share("m"):
+            assert orphan.poll() is None
+        async with state.lock("m", purpose="exec"):
+            assert orphan.wait(10) == -9
+        assert foreign.poll() is None
+    finally:
+        for child in (orphan, foreign):
+            child.kill()
+            child.communicate()
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"keeper":{}}', '{"keeper":{"pid":"x","started":1},"qemu":null}'])

@@ -8,16 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from pbotvm_qemu import machine
+from pbotvm_qemu import plan as plans
 from pbotvm_qemu.config import MachineConfig
 from pbotvm_qemu.errors import PbotVMError
 from pbotvm_qemu.image import Image
-from pbotvm_qemu.machine import Descriptors, Plan
+from pbotvm_qemu.plan import Boot, Console, Descriptors, Memory, Plan
 
 PLAN = Plan(
     config=MachineConfig(name="m", serial=0, health=0), uuid="u-u", qemu="/usr/bin/qemu", accelerator="tcg",
-    kernel=Path("/i/vmlinuz"), initramfs=Path("/m/initramfs.cpio"), disk=Path("/m/disk.qcow2"),
-    console_socket=Path("/r/console.sock"), console_log=Path("/m/console.log"), vsock=False,
+    boot=Boot(Path("/i/vmlinuz"), Path("/m/initramfs.cpio")), disk=Path("/m/disk.qcow2"),
+    console=Console(Path("/r/console.sock"), Path("/m/console.log")), vsock=False,
 )  # fmt: skip
 
 
@@ -26,7 +26,7 @@ def values(argv: list[str], option: str) -> list[str]:
 
 
 def qemu(plan: Plan, descriptors: Descriptors | None = None) -> list[str]:
-    argv = machine.command(plan, descriptors or Descriptors())
+    argv = plans.command(plan, descriptors or Descriptors())
     return argv[argv.index("--") + 1 :]
 
 
@@ -40,7 +40,7 @@ def test_qemu_is_confined() -> None:
 
 
 def test_rights_are_given_up_before_qemu_starts() -> None:
-    front = machine.command(PLAN, Descriptors())
+    front = plans.command(PLAN, Descriptors())
     front = front[: front.index("--")]
     assert Path(front[0]).name == "setpriv"
     assert "--no-new-privs" in front
@@ -49,7 +49,7 @@ def test_rights_are_given_up_before_qemu_starts() -> None:
 
 def test_root_becomes_an_ordinary_user(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.geteuid", lambda: 0)
-    front = machine.command(PLAN, Descriptors())
+    front = plans.command(PLAN, Descriptors())
     uid = int(values(front, "--reuid")[0])
     assert uid > 0
     assert {"--clear-groups", "--inh-caps=-all", "--bounding-set=-all"} <= set(front)
@@ -83,7 +83,7 @@ def test_ports_are_of_this_host_alone() -> None:
 
 
 def test_comma_in_a_path_is_written_twice() -> None:
-    plan = replace(PLAN, disk=Path("/a,b/disk"), console_socket=Path("/c,d"), console_log=Path("/e,f"))
+    plan = replace(PLAN, disk=Path("/a,b/disk"), console=Console(Path("/c,d"), Path("/e,f")))
     argv = " ".join(qemu(plan))
     assert "filename=/a,,b/disk," in argv
     assert "path=/c,,d," in argv
@@ -104,8 +104,27 @@ def test_descriptors_are_those_that_are_inherited() -> None:
 
 def test_printed_command_is_the_one_that_is_started() -> None:
     plan = replace(PLAN, vsock=True, disk=Path("/a b/d'isk"))
-    text = machine.command_text(plan)
-    assert shlex.split(text.replace("\\\n", " ")) == machine.command(plan, Descriptors(vsock=5))
+    text = plans.command_text(plan)
+    assert shlex.split(text.replace("\\\n", " ")) == plans.command(plan, Descriptors(vsock=7))
+
+
+def test_clone_has_the_hardware_of_what_was_frozen_and_no_file_of_its_own() -> None:
+    plan = replace(PLAN, config=replace(PLAN.config, serial=5555, health=5556))
+    argv = qemu(plan.restored(Memory(Path("/t,1/ram"))), Descriptors(overlay=11, console=12))
+    assert values(argv, "-device") == values(qemu(plan), "-device")
+    assert values(argv, "-add-fd") == ["fd=11,set=1", "fd=12,set=2"]
+    assert "filename=/dev/fdset/1," in " ".join(values(argv, "-blockdev"))
+    assert "memory-backend-file,id=ram0,size=512M,mem-path=/t,,1/ram,share=off" in values(argv, "-object")
+    assert not [item for item in values(argv, "-chardev") if "port=" in item or "path=/r" in item]
+    assert values(argv, "-incoming") == ["defer"]
+    assert "-S" in argv
+    assert "-kernel" not in argv
+
+
+def test_memory_is_read_only_where_qemu_can_map_it_so() -> None:
+    assert Memory(Path("/r"), protected=True).argument("1M").endswith("share=off,readonly=on,rom=off")
+    assert Memory(Path("/r"), shared=True, protected=True).argument("1M").endswith("share=on")
+    assert Memory().argument("1M") == "memory-backend-ram,id=ram0,size=1M"
 
 
 @pytest.fixture
@@ -124,7 +143,7 @@ def fingerprint(
     program: Path, config: MachineConfig = PLAN.config, image: Image = IMAGE, **changes: str
 ) -> dict[str, str]:
     accelerator = changes.get("accelerator", "tcg")
-    return machine.fingerprint(config, image, str(program), accelerator, changes.get("initramfs", "s"), vsock=False)
+    return plans.fingerprint(config, image, str(program), accelerator, changes.get("initramfs", "s"), vsock=False)
 
 
 def test_fingerprint_is_the_same_for_the_same_and_ignores_ports(program: Path) -> None:
@@ -138,13 +157,15 @@ def differing(one: dict[str, str], two: dict[str, str]) -> set[str]:
 
 def test_fingerprint_notices_what_a_snapshot_depends_on(program: Path) -> None:
     was = fingerprint(program)
-    for change in ({"memory": 1 << 30}, {"cpus": 2}):
-        assert differing(was, fingerprint(program, replace(PLAN.config, **change))) == {"devices"}  # type: ignore[arg-type]
-    assert differing(was, fingerprint(program, accelerator="kvm")) == {"accelerator", "devices"}
+    more = replace(PLAN.config, memory=1 << 30)
+    assert differing(was, fingerprint(program, more)) == {"memory", "devices"}
+    more = replace(PLAN.config, cpus=2)
+    assert differing(was, fingerprint(program, more)) == {"processors", "devices"}
+    assert differing(was, fingerprint(program, accelerator="kvm")) == {"accelerator", "CPU model", "devices"}
     assert differing(was, fingerprint(program, initramfs="t")) == {"initramfs"}
     for name, said in (("vmlinuz", "kernel"), ("root.qcow2", "root image")):
         files = tuple((n, s, "other" if n == name else h) for n, s, h in IMAGE.files)
         assert differing(was, fingerprint(program, image=replace(IMAGE, files=files))) == {said}
     program.write_text("another")
     assert differing(was, fingerprint(program)) == {"QEMU program"}
-    assert machine.fingerprint(PLAN.config, IMAGE, str(program), "tcg", "s", vsock=True)["vsock"] == "yes"
+    assert plans.fingerprint(PLAN.config, IMAGE, str(program), "tcg", "s", vsock=True)["vsock"] == "yes"

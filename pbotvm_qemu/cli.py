@@ -158,7 +158,7 @@ def create(
     as_json: Json = False,
 ) -> None:
     """Build the image, boot, warm up every language, and take the clean snapshot."""
-    from pbotvm_qemu import commands, state
+    from pbotvm_qemu import commands, creation, state
 
     config = _config(name, machine_memory=memory, machine_cpus=cpus, machine_disk_size=disk_size)
     wanted = config.machine.name
@@ -166,7 +166,7 @@ def create(
         _say(f"machine {wanted} exists already")
         return
     with _progress() as progress:
-        record = _run(commands.create(config, languages, progress, force=force))
+        record = _run(creation.create(config, languages, progress, force=force))
     if as_json:
         _print_json(commands.summary(state.ready(record.name).name))
     else:
@@ -491,12 +491,26 @@ def bench(
     name: Name = None,
     *,
     rounds: Annotated[int, typer.Option(min=1, max=1000, help="Measurements of each figure.")] = 10,
+    growth: Annotated[
+        bool, typer.Option("--growth", help="Also clone guests of 256 MiB to 2 GiB, which are made for it.")
+    ] = False,
+    virsh: Annotated[
+        Optional[str], typer.Option("--virsh", help="A libvirt domain with a snapshot 1 to compare with.")
+    ] = None,
+    plot: Annotated[
+        Optional[str], typer.Option("--plot", help="Draw the ways back to clean into this SVG file.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure boot, exec and revert on this host."""
-    from pbotvm_qemu import bench as benchmark
+    """Measure boot, clones, exec and revert on this host."""
+    from pathlib import Path
 
-    report = _run(benchmark.measure(_config(name), rounds, _say))
+    from pbotvm_qemu import bench as benchmark
+    from pbotvm_qemu import plot as plots
+
+    report = _run(benchmark.measure(_config(name), rounds, _say, growth=growth, domain=virsh))
+    if plot:
+        plots.write(report, Path(plot))
     if as_json:
         _print_json(report)
     else:

@@ -9,204 +9,40 @@ import logging
 import shutil
 import sys
 import time
-import uuid
 from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
 from pbotvm_qemu import (
     accel,
-    channel,
     control,
     image,
     keeper,
-    machine,
     paths,
     plan,
     process,
     request,
     snapshots,
     state,
-    template,
 )
-from pbotvm_qemu.config import SNAPSHOT, Limits
-from pbotvm_qemu.errors import GuestError, HostError, PbotVMError, StateError, UsageError
-from pbotvm_qemu.languages import Language, Registry
+from pbotvm_qemu.config import SNAPSHOT
+from pbotvm_qemu.errors import PbotVMError, StateError, UsageError
+from pbotvm_qemu.languages import Registry
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Sequence
     from pathlib import Path
 
     from pbotvm_qemu.channel import OnOutput, Outcome
-    from pbotvm_qemu.config import Config, MachineConfig
+    from pbotvm_qemu.config import Config
     from pbotvm_qemu.guest.spec import RunSpec
-
-    Progress = Callable[[str, float], None]
 
 log = logging.getLogger(__name__)
 
-WARM_LIMITS = Limits(wall=120.0)  # the first run of a compiler under emulation takes its time
 _START_TIMEOUT = 180.0  # seconds for a detached keeper to report
 _STOP_TIMEOUT = 45.0
 _LONG_AGO = 0.05  # seconds: who waited longer for a machine looks at it again
 _ASK_SNAPSHOT = snapshots.TIMEOUT + 60.0
-_SNAPSHOT_ROOM = 256 << 20  # bytes of disk beside the guest's memory, which is written twice
-
-
-def find_qemu() -> str:
-    """Return the path of QEMU. Raises HostError when it is not installed."""
-    return process.find_program("qemu-system-x86_64", package="qemu-system-x86")
-
-
-# create ------------------------------------------------------------------------------------------------------------------
-
-
-async def create(config: Config, languages: str, progress: Progress, *, force: bool = False) -> state.MachineRecord:
-    """Make machine `config.machine.name` up to its clean snapshot, and return its record.
-
-    Raises StateError when it exists and `force` is not given; what was half made is gone after an error or Ctrl-C.
-    """
-    name = config.machine.name
-    chosen = Registry.load(paths.user_languages()).select(languages)
-    qemu = find_qemu()
-    async with state.lock(name, purpose="create"):
-        if _exists(name) and not force:
-            raise StateError(
-                f"machine {name!r} exists already",
-                hint=f"use it, or make it anew with `pbotvm-qemu create --force {name}`",
-            )
-        try:
-            return await _create(config, chosen, qemu, progress)
-        except BaseException:
-            if not paths.MachinePaths(name).directory.exists():
-                state.forget_lock(name)
-            raise
-
-
-async def _create(config: Config, chosen: Sequence[Language], qemu: str, progress: Progress) -> state.MachineRecord:
-    name = config.machine.name
-    files = paths.MachinePaths(name)
-    built = await image.ensure(image.Recipe.load(chosen), lambda stage, done: progress(stage, done * 0.7))
-    progress("trying the accelerator", 0.7)
-    verdict = await accel.choose(qemu, built.kernel)
-    log.info("accelerator: %s (%s)", verdict.name, verdict.reason)
-    paths.private(paths.data_dir(), mode=0o711)
-    paths.private(files.directory.parent, mode=0o711)
-    state.discard(name)
-    paths.private(files.directory, mode=0o711)
-    try:
-        record = await _prepare(config, built, qemu, verdict.name, [item.name for item in chosen])
-        await _freeze(record, built, chosen, progress)
-        record = replace(record, state="ready")
-        state.save(record)
-    except BaseException:
-        state.discard(name)
-        raise
-    progress("ready", 1.0)
-    return record
-
-
-def _exists(name: str) -> bool:
-    try:
-        return state.load(name).state == "ready"
-    except StateError:
-        return paths.MachinePaths(name).record.exists()  # damaged: only --force may touch it
-
-
-async def _prepare(
-    config: Config, built: image.Image, qemu: str, accelerator: accel.Name, languages: list[str]
-) -> state.MachineRecord:
-    """Write the disk, the initramfs and a first record of a machine."""
-    hardware = _with_free_ports(config)
-    files = paths.MachinePaths(hardware.name)
-    need = 2 * hardware.memory + _SNAPSHOT_ROOM
-    free = shutil.disk_usage(files.directory).free
-    if free < need:
-        raise HostError(
-            f"{files.directory} has {free >> 20} MiB of free space, the snapshot needs up to {need >> 20} MiB",
-            hint="free some space, use less --memory, or set XDG_DATA_HOME to a larger disk",
-        )
-    digest = image.write_initramfs(built, files.initramfs)
-    vsock = bool(hardware.cid) and plan.has_vsock()
-    record = state.MachineRecord(
-        name=hardware.name,
-        uuid=str(uuid.uuid4()),
-        created=int(time.time()),
-        state="creating",
-        machine=hardware,
-        image=built.id,
-        languages=tuple(languages),
-        accelerator=accelerator,
-        qemu=qemu,
-        fingerprint=plan.fingerprint(hardware, built, qemu, accelerator, digest, vsock=vsock),
-    )
-    state.save(record)
-    return record
-
-
-def _with_free_ports(config: Config) -> MachineConfig:
-    """Return the hardware with serial ports that no other machine of ours has, unless the caller chose them."""
-    taken: set[int] = set()
-    for other in state.names():
-        with contextlib.suppress(StateError):
-            if other != config.machine.name:
-                found = state.load(other).machine
-                taken |= {found.serial, found.health}
-    serial, health = config.machine.serial, config.machine.health
-    while not {"serial", "health"} & config.explicit and serial and {serial, health} & taken:
-        serial, health = serial + 2, health + 2
-    return replace(config.machine, serial=serial, health=health)
-
-
-async def _freeze(
-    record: state.MachineRecord, built: image.Image, languages: Sequence[Language], progress: Progress
-) -> None:
-    """Boot the machine, warm up every language, freeze it as a template, and take the clean snapshot from a clone."""
-    files = paths.MachinePaths(record.name)
-    hardware = record.machine
-    progress("booting the guest", 0.72)
-    ram = template.prepare(files.template, hardware.memory)
-    disk = files.template / "disk.qcow2"
-    await image.create_overlay(built, disk, hardware.disk_size)
-    cold = plan.Plan.of(record, built, loadvm=None)
-    async with machine.VirtualMachine(replace(cold, disk=disk, memory=plan.Memory(ram, shared=True))) as vm:
-        for number, language in enumerate(languages):
-            progress(f"warming up {language.name}", 0.82 + 0.1 * number / len(languages))
-            await _warm(vm, language)
-        progress("freezing the machine", 0.92)
-        # Twice: the first answer may still have its own traces under way in the guest.
-        await vm.channel.ping()
-        await vm.channel.ping()
-        version = vm.monitor.version
-        with (files.template / "state").open("xb") as stream:
-            await vm.freeze(stream.fileno())
-    sealed = await template.seal(files.template, record.fingerprint, disk_size=hardware.disk_size, qemu_version=version)
-    progress("taking the snapshot", 0.95)
-    shutil.copy(files.template / "overlay.qcow2", files.disk)
-    files.disk.chmod(0o600)
-    clone = replace(cold.restored(sealed.memory), disk=files.disk)
-    async with machine.VirtualMachine(clone, thaw=sealed.frozen) as vm:  # which also shows that the template works
-        await vm.channel.ping()
-        await vm.monitor.snapshot_save(SNAPSHOT, plan.DISK, timeout=snapshots.TIMEOUT)
-
-
-async def _warm(vm: machine.VirtualMachine, language: Language) -> None:
-    """Run the sample of `language`, twice so that nothing is left to load. Raises GuestError when it prints the wrong thing."""
-    spec, content = request.render(request.Request(code=language.sample_code), language, WARM_LIMITS, stdin=False)
-    for _ in range(2):
-        printed = bytearray()
-
-        async def keep(_stream: channel.Stream, data: bytes, printed: bytearray = printed) -> None:
-            printed.extend(data[: 4096 - len(printed)])
-
-        outcome = await vm.execute(spec, content, on_output=keep)
-        if outcome.exit_code or printed.decode("utf-8", "replace") != language.sample_output:
-            said = printed.decode("utf-8", "replace").strip()[:300]
-            raise GuestError(
-                f"language {language.name} does not work in this guest: exit status {outcome.exit_code}, "
-                f"{outcome.message or said or 'no output'}",
-                hint="create the machine without it, see --languages",
-            )
 
 
 # exec --------------------------------------------------------------------------------------------------------------------

@@ -98,6 +98,7 @@ class VirtualMachine:
         self.plan = plan
         self.name = plan.config.name
         self.hello: Hello | None = None
+        self.spawned_s = 0.0  # seconds from the start to a QEMU that answers
         self.running_s = 0.0  # seconds from the start to a guest that runs; 0 when it was not thawed
         self.ready_s = 0.0  # seconds from the start to the agent's answer
         self._thaw = thaw
@@ -164,6 +165,7 @@ class VirtualMachine:
         try:
             # A dead QEMU shows as a lost connection and as an ended process; the latter knows why.
             monitor = await ready_or_dead(_entered(stack, qmp.connect(self.name, ours_monitor)), self._child, within)
+            self.spawned_s = time.monotonic() - started
             if monitor and self._thaw:
                 thawed = await ready_or_dead(self._load(monitor, self._thaw), self._child, _LOAD_TIMEOUT)
                 monitor = monitor if thawed else None

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import resource
 import shutil
 import signal
 from dataclasses import dataclass
@@ -192,6 +193,7 @@ class Usage:
     cpu_s: float
     rss: int  # bytes
     pss: int  # bytes, shared pages counted by share; 0 where the kernel does not tell
+    uss: int  # bytes that no other process shares; 0 where the kernel does not tell
 
 
 def usage(pid: int) -> Usage | None:
@@ -201,12 +203,21 @@ def usage(pid: int) -> Usage | None:
         times = process.cpu_times()
         rss = process.memory_info().rss
         try:
-            pss = process.memory_full_info().pss
+            full = process.memory_full_info()
+            pss, uss = full.pss, full.uss
         except psutil.AccessDenied:
-            pss = 0
-        return Usage(times.user + times.system, rss, pss)
+            pss = uss = 0
+        return Usage(times.user + times.system, rss, pss, uss)
     except psutil.NoSuchProcess:
         return None
+
+
+def children_cpu() -> float:
+    """Return the processor seconds of this process and of all its children that have ended."""
+    return sum(
+        used.ru_utime + used.ru_stime
+        for used in (resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN))
+    )
 
 
 def memory_available() -> int:

@@ -25,8 +25,8 @@ ROWS = (
     {"sessions", "snapshots", "relay"},
     {"control"},
     {"keeper"},
-    {"commands"},
-    {"bench", "doctor"},
+    {"commands", "creation"},
+    {"bench", "doctor", "plot", "api"},
     {"cli"},
     {"__main__"},
 )  # fmt: skip
@@ -35,7 +35,7 @@ BESIDE = {("accel", "paths"), ("accel", "process")}
 
 HOST = sorted(path for path in PACKAGE.rglob("*.py") if "guest" not in path.relative_to(PACKAGE).parts)
 GUEST = sorted((PACKAGE / "guest").glob("*.py"))
-ONLY = {"typer": "cli", "rich": "cli", "pyroute2": "net", "qemu": "qmp", "psutil": "process"}
+ONLY = {"typer": "cli", "rich": "cli", "pyroute2": "net", "qemu": "qmp", "psutil": "process", "pygal": "plot"}
 
 
 def module_of(path: Path) -> str:

@@ -118,9 +118,11 @@ class _Collector:
 class _Runner:
     """What everything that runs programs has in common: from a language and its code to a result."""
 
-    def __init__(self, record: state.MachineRecord, limits: config.Limits) -> None:
-        self._record = record
-        self._limits = limits
+    def __init__(self, source: str | Template | None, limits: config.Limits | None) -> None:
+        configured = config.load(paths.config_file())
+        name = configured.machine.name if source is None else source if isinstance(source, str) else source.name
+        self._record = state.ready(name)
+        self._limits = limits or configured.limits
         self._registry = Registry.load(paths.user_languages())
 
     async def _execute(
@@ -240,9 +242,8 @@ class VirtualMachine(_Runner):
     Its runs are kept apart by users' rights only; for strangers' programs use a Pool.
     """
 
-    def __init__(self, source: str | Template, *, limits: config.Limits | None = None) -> None:
-        name = source if isinstance(source, str) else source.name
-        super().__init__(state.ready(name), limits or config.Limits())
+    def __init__(self, source: str | Template | None = None, *, limits: config.Limits | None = None) -> None:
+        super().__init__(source, limits)
         self._stack = AsyncExitStack()
         self._machine: _Machine | None = None
 
@@ -269,10 +270,8 @@ class VirtualMachine(_Runner):
 class Session(_Runner):
     """Several runs in one clone on purpose. Made by `Pool.session`."""
 
-    def __init__(
-        self, record: state.MachineRecord, limits: config.Limits, kept: sessions.Sessions, inner: sessions.Session
-    ) -> None:
-        super().__init__(record, limits)
+    def __init__(self, name: str, limits: config.Limits, kept: sessions.Sessions, inner: sessions.Session) -> None:
+        super().__init__(name, limits)
         self._kept = kept
         self._inner = inner
 
@@ -294,7 +293,7 @@ class Session(_Runner):
         """Have a second session that goes on from this one's state, running programs included."""
         inner = await self._kept.fork(self._inner.id)
         try:
-            yield Session(self._record, self._limits, self._kept, inner)
+            yield Session(self._record.name, self._limits, self._kept, inner)
         finally:
             _end(self._kept, inner)
 
@@ -307,6 +306,8 @@ class Session(_Runner):
 class Pool(_Runner):
     """Clean machines, some of them kept ready: a context manager.
 
+    `source` names the machine or is its Template; None stands for the one that PBOTVM_DOMAIN or the configuration names.
+
     `size` are kept ready, at most `most` live at once (default: as many as the host carries). `revert` is the way back
     to clean: "auto", "clone", "loadvm" or "restart". With `share_memory` False, no two clones share a page of memory.
     Any number of pools, in any number of processes, can clone one machine; `loadvm` and `restart` need it alone.
@@ -314,7 +315,7 @@ class Pool(_Runner):
 
     def __init__(
         self,
-        source: str | Template,
+        source: str | Template | None = None,
         *,
         size: int = 2,
         most: int = 0,
@@ -322,8 +323,7 @@ class Pool(_Runner):
         share_memory: bool = True,
         limits: config.Limits | None = None,
     ) -> None:
-        name = source if isinstance(source, str) else source.name
-        super().__init__(state.ready(name), limits or config.Limits())
+        super().__init__(source, limits)
         self._config = _configured(size=size, most=most, revert=revert, share_memory=share_memory)
         self._stack = AsyncExitStack()
         self._pool: pools.Pool | None = None
@@ -357,7 +357,7 @@ class Pool(_Runner):
         assert self._sessions, "use it with `async with`"
         inner = await self._sessions.open(idle=idle)
         try:
-            yield Session(self._record, self._limits, self._sessions, inner)
+            yield Session(self._record.name, self._limits, self._sessions, inner)
         finally:
             _end(self._sessions, inner)
 
@@ -377,9 +377,11 @@ def _configured(**pool: object) -> config.Config:
     return config.override(config.load(paths.config_file()), "pool", **pool)
 
 
-def run(language: str, code: str | bytes, *, machine: str = "pbot-vm", stdin: bytes | None = None,
+def run(language: str, code: str | bytes, *, machine: str | None = None, stdin: bytes | None = None,
         timeout: float | None = None) -> Result:  # fmt: skip
     """Run one program on a clone that is made for it, and wait for its end: for programs without an event loop.
+
+    `machine` None stands for the one that PBOTVM_DOMAIN or the configuration names.
 
     Raises what Pool.run raises.
     """

@@ -468,7 +468,10 @@ def qemu_command(name: Name = None) -> None:
     from pbotvm_qemu import commands
 
     typer.echo(commands.qemu_command(_config(name)))
-    _say("descriptors 3 and 4 are socket pairs, to the monitor and to the agent")
+    _say(
+        "descriptors 3 and 4 are socket pairs, to the monitor and to the agent; in a clone, 5 is its disk, "
+        "6 takes its console, 8 is its third serial line"
+    )
 
 
 @app.command()

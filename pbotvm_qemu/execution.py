@@ -266,8 +266,13 @@ async def watch_console(name: str, out: BinaryIO) -> None:
     """
     state.load(name)
     path = paths.MachinePaths(name).console_socket
-    if not state.running(name) or not path.exists():
+    if not state.running(name):
         raise StateError(f"machine {name!r} is not running", hint=f"start it with `pbotvm-qemu start {name}`")
+    if not path.exists():
+        raise StateError(
+            f"machine {name!r} is kept as clones, which have no console to watch",
+            hint=f"stop it, and type `pbotvm-qemu start {name} --revert restart`",
+        )
     reader, writer = await asyncio.open_unix_connection(path)
     try:
         while data := await reader.read(_CHUNK):

@@ -18,13 +18,14 @@ from pbotvm_qemu.control import ControlServer
 from pbotvm_qemu.errors import UsageError
 from pbotvm_qemu.languages import Registry
 from pbotvm_qemu.pool import Pool
+from pbotvm_qemu.ports import Ports
 from pbotvm_qemu.relay import Relay
 from pbotvm_qemu.sessions import Sessions
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from pbotvm_qemu.config import Config
+    from pbotvm_qemu.config import Config, MachineConfig
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +66,9 @@ class Keeper:
                 stack.callback(loop.remove_signal_handler, number)
             pool = self._pool = await stack.enter_async_context(make_pool(way, self._config))
             self._sessions = await stack.enter_async_context(Sessions(pool, most=self._config.pool.sessions))
+            if not way.single:
+                ports = today(record, self._config)
+                await stack.enter_async_context(Ports(pool, serial=ports.serial, health=ports.health))
             if self._with_relay:
                 registry = Registry.load(paths.user_languages())
                 self._relay = await stack.enter_async_context(
@@ -198,10 +202,14 @@ def check(record: state.MachineRecord) -> image.Image:
 def prepare(record: state.MachineRecord, config: Config) -> plan.Plan:
     """Return the plan that starts `record` from its clean snapshot, with today's ports. Raises what `check` raises."""
     found = check(record)
+    return plan.Plan.of(dataclasses.replace(record, machine=today(record, config)), found, loadvm=SNAPSHOT)
+
+
+def today(record: state.MachineRecord, config: Config) -> MachineConfig:
+    """Return the hardware of `record` with the ports that the environment or the command line wants."""
     hardware = config.machine
     changes = {name: getattr(hardware, name) for name in ("serial", "health") if name in config.explicit}
-    today = dataclasses.replace(record, machine=dataclasses.replace(record.machine, **changes))
-    return plan.Plan.of(today, found, loadvm=SNAPSHOT)
+    return dataclasses.replace(record.machine, **changes)
 
 
 def choose(record: state.MachineRecord, config: Config) -> ways.Way:

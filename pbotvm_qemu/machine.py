@@ -49,7 +49,7 @@ RESTORE_TIMEOUT = {"kvm": 15.0, "tcg": 60.0}
 SAVE_TIMEOUT = 180.0
 _LOAD_TIMEOUT = 30.0  # the state of a clone is less than a megabyte, a saved memory some hundred
 _WAKE_TIMEOUT = 1.0
-_STALE = 5.0  # seconds after which a guest that slept is told the time again
+_LOOK = 1.0  # seconds between two looks at a process that runs a program
 
 
 async def ready_or_dead(ready: Awaitable[T], child: process.Child, within: float) -> T | None:
@@ -101,6 +101,7 @@ class VirtualMachine:
         self.spawned_s = 0.0  # seconds from the start to a QEMU that answers
         self.running_s = 0.0  # seconds from the start to a guest that runs; 0 when it was not thawed
         self.ready_s = 0.0  # seconds from the start to the agent's answer
+        self.serial: socket.socket | None = None  # our end of a clone's third serial line
         self._thaw = thaw
         self._own_memory = own_memory
         self._hostname = (hostname or self.name)[:63].replace("_", "-").replace(".", "-")
@@ -111,7 +112,6 @@ class VirtualMachine:
         self._log: IO[bytes] | None = None
         self._log_start = 0
         self._disk: IO[bytes] | None = None
-        self._told_time = 0.0
 
     async def __aenter__(self) -> Self:
         async with AsyncExitStack() as stack:  # whatever is raised below, what came before is undone
@@ -198,6 +198,11 @@ class VirtualMachine:
             theirs.enter_context(their_monitor)
             theirs.enter_context(their_agent)
             descriptors = Descriptors(monitor=their_monitor.fileno(), agent=their_agent.fileno())
+            if plan.serial_inherited:
+                self.serial, their_serial = socket.socketpair()
+                stack.callback(self.serial.close)
+                theirs.enter_context(their_serial)
+                descriptors = replace(descriptors, serial=their_serial.fileno())
             if plan.vsock:
                 vsock, cid = open_vsock(plan.config.cid)
                 theirs.callback(os.close, vsock)
@@ -238,7 +243,6 @@ class VirtualMachine:
     async def _greet(self, within: float) -> Hello:
         hello = await self.channel.handshake(within)
         await self.channel.resume(self._hostname)
-        self._told_time = time.monotonic()
         return hello
 
     def _open_log(self, stack: AsyncExitStack) -> None:
@@ -307,8 +311,11 @@ class VirtualMachine:
 
         Raises RunLostError that shows QEMU's end when QEMU died.
         """
+        work = asyncio.ensure_future(
+            self.channel.execute(spec, content, on_output=on_output, stdin=stdin, started=started)
+        )
         try:
-            return await self.channel.execute(spec, content, on_output=on_output, stdin=stdin, started=started)
+            return await self._watched(work)
         except GuestError as exc:
             assert self._child
             await self._child.wait(1.0)
@@ -321,6 +328,20 @@ class VirtualMachine:
                 hint=f"the program may have run; the machine starts clean for the next one; see `pbotvm-qemu logs {self.name}`",
             ) from exc
 
+    async def _watched(self, work: asyncio.Future[Outcome]) -> Outcome:
+        """Return what `work` gives. Raises RunLostError when QEMU is stopped meanwhile: its guest will never answer."""
+        try:
+            while not (await asyncio.wait({work}, timeout=_LOOK))[0]:
+                if process.stopped(self.pid):
+                    raise RunLostError(
+                        f"QEMU {self.pid} was stopped (SIGSTOP) while the program ran",
+                        hint="the program may have run; the machine is replaced",
+                    )
+            return work.result()
+        finally:
+            work.cancel()
+            await asyncio.gather(work, return_exceptions=True)
+
     async def sleep(self) -> None:
         """Stop the guest's processors, so that it costs nothing until `wake`. Raises MonitorError."""
         await self.monitor.execute("stop")
@@ -328,10 +349,9 @@ class VirtualMachine:
     async def wake(self) -> None:
         """Let a sleeping guest go on, with the right time. Raises MonitorError when QEMU does not answer at once."""
         await self.monitor.execute("cont", timeout=_WAKE_TIMEOUT)
-        if time.monotonic() - self._told_time > _STALE:
-            # Nobody waits for the answer: the agent reads its frames in order, so the next run sees the new time.
-            self.channel.resume_soon(self._hostname)
-            self._told_time = time.monotonic()
+        # The guest's clock slept too. Nobody waits for the answer: the agent reads its frames in order, so the next run
+        # sees the right time.
+        self.channel.resume_soon(self._hostname)
 
     async def revert(self, tag: str, *, timeout: float) -> None:
         """Go back to snapshot `tag` in this process and make sure that the agent answers.

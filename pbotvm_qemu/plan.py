@@ -24,7 +24,7 @@ from pbotvm_qemu.errors import HostError, StateError
 from pbotvm_qemu.guest import wire
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from pbotvm_qemu.config import MachineConfig
     from pbotvm_qemu.image import Image
@@ -39,6 +39,7 @@ _SYSTEM_USERS = ("pbotvm", "nobody")
 _OVERLAY_SET = 1  # numbers of the descriptor sets that QEMU opens as /dev/fdset/N
 _CONSOLE_SET = 2
 _MACHINE_TYPE = "q35"
+QEMU = "QEMU program"  # in a fingerprint
 SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 
 _KERNEL_COMMAND_LINE = (
@@ -58,11 +59,12 @@ class Descriptors:
     vsock: int | None = None
     overlay: int | None = None  # the disk of a clone, a file without a name
     console: int | None = None  # where a clone's serial console is written
+    serial: int | None = None  # the third serial line of a clone
     memory: int | None = None  # a clone's own copy of the frozen memory, where nothing is shared
 
     def numbers(self) -> list[int]:
         """Return those that are in use."""
-        every = (self.monitor, self.agent, self.vsock, self.overlay, self.console, self.memory)
+        every = (self.monitor, self.agent, self.vsock, self.overlay, self.console, self.serial, self.memory)
         return [number for number in every if number is not None]
 
 
@@ -117,6 +119,7 @@ class Plan:
     console: Console | None = None  # None: a descriptor, see Descriptors.console
     memory: Memory = field(default_factory=Memory)
     loadvm: str | None = None
+    serial_inherited: bool = False  # the third serial line is a socket that QEMU inherits, not a TCP port
     incoming: bool = False  # wait for a state over QMP
 
     @classmethod
@@ -142,7 +145,15 @@ class Plan:
         """
         quiet = replace(self.config, serial=0, health=0)  # one TCP port cannot serve many clones
         return replace(
-            self, config=quiet, boot=None, disk=None, console=None, memory=memory, loadvm=None, incoming=True
+            self,
+            config=quiet,
+            boot=None,
+            disk=None,
+            console=None,
+            memory=memory,
+            loadvm=None,
+            serial_inherited=True,
+            incoming=True,
         )
 
 
@@ -175,7 +186,7 @@ def devices(plan: Plan, descriptors: Descriptors) -> list[str]:
         "-device", f"virtserialport,bus=virtio-serial0.0,nr=1,chardev=agent,name={_AGENT_PORT}",
         "-chardev", _console(plan.console),
         "-device", "isa-serial,chardev=console,index=0",
-        "-chardev", _tcp("serial", config.serial),
+        "-chardev", f"socket,id=serial,fd={descriptors.serial}" if plan.serial_inherited else _tcp("serial", config.serial),
         "-device", "isa-serial,chardev=serial,index=2,irq=5",  # not ISA's irq 4, which the console has
         "-chardev", _tcp("health", config.health),
         "-device", "isa-serial,chardev=health,index=3,irq=10",
@@ -232,7 +243,10 @@ def command(plan: Plan, descriptors: Descriptors) -> list[str]:
 def command_text(plan: Plan) -> str:
     """Return the command line as one would type it, an option and its value to a line."""
     descriptors = Descriptors(
-        overlay=None if plan.disk else 5, console=None if plan.console else 6, vsock=7 if plan.vsock else None
+        overlay=None if plan.disk else 5,
+        console=None if plan.console else 6,
+        vsock=7 if plan.vsock else None,
+        serial=8 if plan.serial_inherited else None,
     )
     lines: list[list[str]] = [[]]
     for word in command(plan, descriptors):
@@ -265,11 +279,30 @@ def _unprivileged(accelerator: str) -> list[str]:
     return [*argv, "--"]
 
 
+def qemu_identity(qemu: str) -> str:
+    """Return what tells one build of the program `qemu` from another. Raises OSError when it is not there."""
+    binary = Path(qemu).stat()
+    return f"{qemu} of {binary.st_size} bytes, changed {int(binary.st_mtime)}"
+
+
+def check_qemu(name: str, qemu: str, fingerprint: Mapping[str, str]) -> None:
+    """Raise StateError when the program `qemu` is not the one that machine `name` was made with."""
+    was = fingerprint.get(QEMU, "unknown")
+    try:
+        now = qemu_identity(qemu)
+    except OSError as exc:
+        now = f"{qemu}: {exc.strerror}"
+    if now != was:
+        raise StateError(
+            f"machine {name!r} was made with another {QEMU} (was {was[:80]}, is {now[:80]})",
+            hint=f"run `pbotvm-qemu create --force {name}`",
+        )
+
+
 def fingerprint(
     config: MachineConfig, image: Image, qemu: str, accelerator: str, initramfs_sha256: str, *, vsock: bool
 ) -> dict[str, str]:
     """Return what a snapshot depends on, by name. Loading it with anything else is corruption, not an error message."""
-    binary = Path(qemu).stat()
     files = {name: digest for name, _size, digest in image.files}
     hardware = Plan(
         # The TCP ports are the host's affair, and no part of the guest's state.
@@ -280,7 +313,7 @@ def fingerprint(
         vsock=vsock,
     )
     return {
-        "QEMU program": f"{qemu} of {binary.st_size} bytes, changed {int(binary.st_mtime)}",
+        QEMU: qemu_identity(qemu),
         "machine type": _MACHINE_TYPE,
         "accelerator": accelerator,
         "CPU model": " ".join(accel.arguments(accelerator)),

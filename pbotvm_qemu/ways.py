@@ -17,9 +17,11 @@ from pbotvm_qemu import template
 from pbotvm_qemu.config import SNAPSHOT
 from pbotvm_qemu.errors import GuestError, HostError, MonitorError, StateError
 from pbotvm_qemu.machine import RESTORE_TIMEOUT, VirtualMachine
-from pbotvm_qemu.plan import Memory
+from pbotvm_qemu.plan import Memory, check_qemu
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from pbotvm_qemu.plan import Plan
     from pbotvm_qemu.template import Frozen, Template
 
@@ -62,6 +64,7 @@ class Clone:
 
     async def start(self) -> VirtualMachine:
         """Return a new clone. Raises StateError when the template was changed."""
+        check_qemu(self.plan.config.name, self.plan.qemu, self._template.fingerprint)
         self._template.check()
         memory = None if self._shared else await asyncio.to_thread(template.private_memory, self._template)
         return await self._thaw(self.plan, self._template.frozen, memory)
@@ -86,12 +89,14 @@ class Restart:
     name: Name = "restart"
     single = True
 
-    def __init__(self, plan: Plan, *, why: str) -> None:
+    def __init__(self, plan: Plan, fingerprint: Mapping[str, str], *, why: str) -> None:
         self.plan = plan
         self.why = why
+        self._fingerprint = fingerprint
 
     async def start(self) -> VirtualMachine:
-        """Return the machine, started from its snapshot."""
+        """Return the machine, started from its snapshot. Raises StateError when QEMU is not the same any more."""
+        check_qemu(self.plan.config.name, self.plan.qemu, self._fingerprint)
         return await VirtualMachine(self.plan).__aenter__()
 
     async def renew(self, machine: VirtualMachine) -> bool:
@@ -128,14 +133,14 @@ def choose(plan: Plan, fingerprint: dict[str, str], wanted: str, *, shared: bool
     Raises StateError when "clone" is wanted and the template cannot be used, or when it is there but does not fit.
     """
     if wanted == "restart":
-        return Restart(plan, why="chosen by configuration")
+        return Restart(plan, fingerprint, why="chosen by configuration")
     if wanted == "loadvm":
-        return LoadVM(plan, why="chosen by configuration")
+        return LoadVM(plan, fingerprint, why="chosen by configuration")
     if wanted not in ("auto", "clone"):
         raise HostError(f"there is no way back called {wanted!r}", hint="use auto, clone, loadvm or restart")
     name = plan.config.name
     if wanted == "auto" and not template.exists(name):
-        return Restart(plan, why="the machine has no template; `create --force` makes one")
+        return Restart(plan, fingerprint, why="the machine has no template; `create --force` makes one")
     why = "chosen by configuration" if wanted == "clone" else "the quickest way, and the machine has a template"
     try:
         return Clone(plan, template.matching(name, fingerprint), why=why, shared=shared)

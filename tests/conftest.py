@@ -1,4 +1,4 @@
-"""Fixtures by stage of a machine's life: an environment, a machine that was created, one that is kept."""
+"""Fixtures by stage of a machine's life: an environment, a machine that was created, one that is kept in either way."""
 
 from __future__ import annotations
 
@@ -25,8 +25,25 @@ def vm_env() -> Iterator[dict[str, str]]:
 
 @pytest.fixture
 def kept_env(vm_env: dict[str, str]) -> Iterator[dict[str, str]]:
-    """The same with the machine kept by `run`, and so with the relay listening."""
-    result = support.cli(vm_env, "run", "--detach")
+    """The same with the machine kept by `run` as clones, and so with the relay listening."""
+    yield from _kept(vm_env, "clone")
+
+
+@pytest.fixture
+def disk_env(vm_env: dict[str, str]) -> Iterator[dict[str, str]]:
+    """The same with the machine kept in the way `restart`: one QEMU that has the machine's own disk."""
+    yield from _kept(vm_env, "restart")
+
+
+@pytest.fixture(params=["clone", "loadvm", "restart"])
+def way_env(request: pytest.FixtureRequest, vm_env: dict[str, str]) -> Iterator[dict[str, str]]:
+    """The machine kept in each way back to clean; `WAY` in the environment names it."""
+    for env in _kept(vm_env, request.param):
+        yield env | {"WAY": request.param}
+
+
+def _kept(env: dict[str, str], way: str) -> Iterator[dict[str, str]]:
+    result = support.cli(env, "run", "--detach", "--revert", way)
     assert result.returncode == 0, result.stderr.decode()
-    yield vm_env
-    support.cli(vm_env, "stop")
+    yield env
+    support.cli(env, "stop")

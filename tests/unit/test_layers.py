@@ -22,7 +22,7 @@ ROWS = (
     {"machine"},
     {"ways"},
     {"pool"},
-    {"sessions", "snapshots", "relay"},
+    {"sessions", "snapshots", "relay", "ports"},
     {"control"},
     {"keeper"},
     {"commands", "creation"},

@@ -110,12 +110,13 @@ def test_printed_command_is_the_one_that_is_started() -> None:
 
 def test_clone_has_the_hardware_of_what_was_frozen_and_no_file_of_its_own() -> None:
     plan = replace(PLAN, config=replace(PLAN.config, serial=5555, health=5556))
-    argv = qemu(plan.restored(Memory(Path("/t,1/ram"))), Descriptors(overlay=11, console=12))
+    argv = qemu(plan.restored(Memory(Path("/t,1/ram"))), Descriptors(overlay=11, console=12, serial=13))
     assert values(argv, "-device") == values(qemu(plan), "-device")
     assert values(argv, "-add-fd") == ["fd=11,set=1", "fd=12,set=2"]
     assert "filename=/dev/fdset/1," in " ".join(values(argv, "-blockdev"))
     assert "memory-backend-file,id=ram0,size=512M,mem-path=/t,,1/ram,share=off" in values(argv, "-object")
     assert not [item for item in values(argv, "-chardev") if "port=" in item or "path=/r" in item]
+    assert "socket,id=serial,fd=13" in values(argv, "-chardev")
     assert values(argv, "-incoming") == ["defer"]
     assert "-S" in argv
     assert "-kernel" not in argv

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
+from typing import TYPE_CHECKING
 
 import pytest
 
 from pbotvm_qemu.turns import Turns
 
+if TYPE_CHECKING:
+    import asyncio
+
 
 async def order(turns: Turns[int], places: dict[str, asyncio.Future[int]]) -> list[str]:
     """Serve everybody, and return in which order."""
-    served = []
+    served: list[str] = []
     while turns.serve(len(served)):
         served += [name for name, place in places.items() if place.done() and name not in served]
     return served

@@ -1,0 +1,252 @@
+"""Clones that are lost, and what they start from spoiled: the caller is told, the pool heals, nobody else notices."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from pbotvm_qemu import paths, template
+from pbotvm_qemu.api import NeverRanError, Pool, RunLostError, StateError
+from tests.support import assert_refused, cli, cli_json, qemus
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+pytestmark = pytest.mark.vm
+
+Env = dict[str, str]
+LOSSES = [signal.SIGKILL, signal.SIGSTOP]
+
+
+@pytest.fixture
+def name(vm_env: Env, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The machine's name, with its folders in our own environment."""
+    for variable in ("XDG_DATA_HOME", "XDG_RUNTIME_DIR", "XDG_CONFIG_HOME"):
+        monkeypatch.setenv(variable, vm_env[variable])
+    yield vm_env["PBOTVM_DOMAIN"]
+    assert qemus(f"guest={vm_env['PBOTVM_DOMAIN']}") == []
+
+
+def pids(pool: Pool) -> list[int]:
+    found = pool.status()["pids"]
+    assert isinstance(found, list)
+    return found
+
+
+@pytest.mark.parametrize("number", LOSSES)
+async def test_a_clone_lost_in_its_sleep_is_replaced_and_no_caller_notices(name: str, number: signal.Signals) -> None:
+    async with Pool(name, size=2) as pool:
+        lost = pids(pool)
+        for pid in lost:
+            os.kill(pid, number)
+        answers = await asyncio.gather(*(pool.run("sh", f"echo {n}") for n in range(3)))
+        assert [answer.stdout for answer in answers] == [b"0\n", b"1\n", b"2\n"]
+        assert pool.status()["deaths"] == 2
+        async with asyncio.timeout(60):
+            while set(pids(pool)) & set(lost) or pool.status()["ready"] != 2:
+                await asyncio.sleep(0.05)
+
+
+@pytest.mark.parametrize("number", LOSSES)
+async def test_clones_lost_while_they_start_delay_a_caller_and_no_more(
+    name: str, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pbotvm_qemu.machine.RESTORE_TIMEOUT", {"tcg": 5.0, "kvm": 5.0})
+    monkeypatch.setattr("pbotvm_qemu.machine._LOAD_TIMEOUT", 5.0)
+    async with Pool(name, size=0) as pool:
+        for delay in (0.005, 0.03, 0.08, 0.2):
+            while qemus(f"guest={name}"):  # the one before
+                await asyncio.sleep(0.01)
+            run = asyncio.create_task(pool.run("sh", "echo served"))
+            async with asyncio.timeout(30):
+                while not (started := qemus(f"guest={name}")):
+                    await asyncio.sleep(0.001)
+            await asyncio.sleep(delay)
+            with contextlib.suppress(ProcessLookupError):  # it was quicker than we
+                os.kill(started[0], number)
+            try:
+                assert (await run).stdout == b"served\n"
+            except RunLostError:
+                assert delay > 0.03, "it was lost before a program can have been sent"
+
+
+@pytest.mark.parametrize("number", LOSSES)
+async def test_a_clone_lost_during_a_run_concerns_its_caller_alone(name: str, number: signal.Signals) -> None:
+    async with Pool(name, size=1, most=4) as pool:
+        begun = asyncio.Event()
+
+        async def note(_stream: str, _data: bytes) -> None:
+            begun.set()
+
+        victim = asyncio.create_task(pool.run("sh", "echo begun; sleep 600", timeout=600, on_output=note))
+        await begun.wait()
+        (pid,) = [lease.machine.pid for lease in pool._pool._alive if lease.out]  # type: ignore[union-attr]
+        other = asyncio.create_task(pool.run("sh", "sleep 2; echo unharmed"))
+        os.kill(pid, number)
+        with pytest.raises(RunLostError, match=number.name):
+            await victim
+        assert (await other).stdout == b"unharmed\n"
+        assert (await pool.run("sh", "echo next")).stdout == b"next\n"
+
+
+async def test_a_session_whose_clone_is_lost_says_so(name: str) -> None:
+    async with Pool(name, size=1) as pool, pool.session() as session:
+        await session.run("sh", "true")
+        (pid,) = [lease.machine.pid for lease in pool._pool._alive if lease.out]  # type: ignore[union-attr]
+        os.kill(pid, signal.SIGKILL)
+        with pytest.raises((RunLostError, NeverRanError)):
+            await session.run("sh", "true")
+
+
+async def test_without_memory_for_a_clone_the_caller_is_told(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pbotvm_qemu.process.memory_available", lambda: 300 << 20)
+    async with Pool(name, size=0) as pool:
+        pool._pool._queue_wait = 0.5  # type: ignore[union-attr]
+        with pytest.raises(NeverRanError, match="no memory for one more machine"):
+            await pool.run("sh", "true")
+        monkeypatch.setattr("pbotvm_qemu.process.memory_available", lambda: 4 << 30)
+        pool._pool._queue_wait = 60.0  # type: ignore[union-attr]
+        assert (await pool.run("sh", "echo room")).stdout == b"room\n"
+
+
+@contextlib.contextmanager
+def full_folder(folder: Path) -> Iterator[None]:
+    """Let there be no room for clones' disks while the body runs."""
+    if os.geteuid():
+        pytest.skip("needs root to mount a tmpfs")
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64K,mode=0711", "tmpfs", folder], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def test_a_full_disk_is_told_and_the_pool_heals(kept_env: Env) -> None:
+    folder = Path(kept_env["XDG_DATA_HOME"]) / "pbotvm-qemu/machines" / kept_env["PBOTVM_DOMAIN"] / "clones"
+    with full_folder(folder):
+        for number in range(2):  # those that were ready are still good
+            assert cli(kept_env, "exec", "-lang=sh", f"echo {number}").stdout == f"{number}\n".encode()
+        problem = ""
+        for _ in range(100):
+            problem = str(cli_json(kept_env, "status", "--json")["live"]["problem"])
+            if "disk" in problem:
+                break
+        assert "cannot copy the empty disk" in problem
+    assert cli(kept_env, "exec", "-lang=sh", "echo healed").stdout == b"healed\n"
+    assert cli_json(kept_env, "status", "--json")["live"]["problem"] is None
+
+
+def test_a_full_disk_without_a_pool_is_one_line_of_cause_and_one_of_help(vm_env: Env) -> None:
+    folder = Path(vm_env["XDG_DATA_HOME"]) / "pbotvm-qemu/machines" / vm_env["PBOTVM_DOMAIN"] / "clones"
+    with full_folder(folder):
+        assert_refused(cli(vm_env, "exec", "-lang=sh", "true"), 125, "cannot copy the empty disk", "free some space")
+    assert cli(vm_env, "exec", "-lang=sh", "echo well").stdout == b"well\n"
+
+
+@pytest.fixture
+def own_machine(vm_env: Env) -> Iterator[Env]:
+    """A copy of the machine, which a test may spoil, with the times of its files noted anew."""
+    data = Path(vm_env["XDG_DATA_HOME"]).parent / "copy"
+    subprocess.run(["cp", "-a", "--sparse=always", vm_env["XDG_DATA_HOME"], data], check=True)
+    env = vm_env | {"XDG_DATA_HOME": str(data)}
+    yield env
+    cli(env, "stop")
+    shutil.rmtree(data)
+
+
+def folder_of(env: Env) -> Path:
+    return Path(env["XDG_DATA_HOME"]) / "pbotvm-qemu/machines" / env["PBOTVM_DOMAIN"] / "template"
+
+
+def note_times(env: Env) -> None:
+    """Have the copy pass for untouched."""
+    description = folder_of(env) / "template.json"
+    table = json.loads(description.read_text())
+    for file, (size, _modified, _changed, digest) in table["files"].items():
+        found = (folder_of(env) / file).stat()
+        table["files"][file] = (size, found.st_mtime_ns, found.st_ctime_ns, digest)
+    overlay = folder_of(env) / "overlay.qcow2"  # which names the disk it lies over by its path
+    subprocess.run(
+        ["qemu-img", "rebase", "-u", "-F", "qcow2", "-b", folder_of(env) / "disk.qcow2", overlay], check=True
+    )
+    found = overlay.stat()
+    table["files"]["overlay.qcow2"] = (found.st_size, found.st_mtime_ns, found.st_ctime_ns, "-")
+    description.write_text(json.dumps(table))
+
+
+@pytest.mark.parametrize("file", ["ram", "state", "disk.qcow2", "overlay.qcow2"])
+def test_a_spoiled_template_is_refused_by_the_name_of_the_file(own_machine: Env, file: str) -> None:
+    note_times(own_machine)
+    path = folder_of(own_machine) / file
+    os.truncate(path, path.stat().st_size - 1)
+    assert_refused(cli(own_machine, "exec", "-lang=sh", "true"), 125, file, "changed", "create --force")
+    path.unlink()
+    assert_refused(cli(own_machine, "exec", "-lang=sh", "true"), 125, file, "create --force")
+
+
+def test_a_change_that_keeps_size_and_mtime_is_noticed(own_machine: Env) -> None:
+    note_times(own_machine)
+    path = folder_of(own_machine) / "ram"
+    before = path.stat()
+    with path.open("r+b") as stream:
+        stream.seek(before.st_size // 2)
+        stream.write(b"x")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert_refused(cli(own_machine, "exec", "-lang=sh", "true"), 125, "ram", "changed")
+
+
+def test_verify_reads_every_byte(own_machine: Env, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", own_machine["XDG_DATA_HOME"])
+    found = template.load(own_machine["PBOTVM_DOMAIN"])
+    found.verify()
+    with (folder_of(own_machine) / "state").open("r+b") as stream:
+        stream.seek(1000)
+        stream.write(b"x")
+    with pytest.raises(StateError, match="state is damaged"):
+        found.verify()
+
+
+def test_a_spoiled_template_does_not_take_the_clones_that_live(own_machine: Env) -> None:
+    note_times(own_machine)
+    assert cli(own_machine, "start").returncode == 0
+    (folder_of(own_machine) / "state").unlink()
+    for number in range(2):
+        assert cli(own_machine, "exec", "-lang=sh", f"echo {number}").stdout == f"{number}\n".encode()
+    lost = cli(own_machine | {"PBOTVM_TIMEOUT": "5"}, "status", "--json")
+    assert b"state" in lost.stdout
+
+
+def test_a_qemu_that_was_upgraded_under_the_pool_is_not_used(own_machine: Env) -> None:
+    """The program changes while the pool lives; restoring into another build would corrupt the guest in silence."""
+    qemu = Path(own_machine["XDG_DATA_HOME"]) / "qemu-system-x86_64"
+    shutil.copy2("/usr/bin/qemu-system-x86_64", qemu)
+    found = qemu.stat()
+    identity = f"{qemu} of {found.st_size} bytes, changed {int(found.st_mtime)}"
+    note_times(own_machine)
+    for file in (folder_of(own_machine).parent / "machine.json", folder_of(own_machine) / "template.json"):
+        table = json.loads(file.read_text())
+        table["fingerprint"]["QEMU program"] = identity
+        file.write_text(json.dumps(table | ({"qemu": str(qemu)} if "qemu" in table else {})))
+    assert cli(own_machine, "start").returncode == 0
+    os.utime(qemu, (1, 1))
+    for number in range(2):
+        assert cli(own_machine, "exec", "-lang=sh", f"echo {number}").stdout == f"{number}\n".encode()
+    live = cli_json(own_machine, "status", "--json")["live"]
+    assert "another QEMU program" in str(live["problem"])
+    assert live["ready"] == 0
+    cli(own_machine, "stop")
+    assert_refused(cli(own_machine, "exec", "-lang=sh", "true"), 125, "another QEMU program", "create --force")
+
+
+def test_a_copied_machine_is_refused_until_it_is_made_anew(own_machine: Env) -> None:
+    assert_refused(cli(own_machine, "exec", "-lang=sh", "true"), 125, "changed", "create --force")
+    assert paths.APP in str(folder_of(own_machine))

@@ -117,6 +117,12 @@ def qemus(marker: str) -> list[int]:
     return found
 
 
+def machine_qemus(env: dict[str, str]) -> list[int]:
+    """Return the pids of the QEMU processes of this environment's machine, clones with no file of its own included."""
+    record = Path(env["XDG_DATA_HOME"]) / "pbotvm-qemu" / "machines" / env["PBOTVM_DOMAIN"] / "machine.json"
+    return qemus(json.loads(record.read_text())["uuid"])
+
+
 def assert_refused(result: subprocess.CompletedProcess[bytes], code: int, *words: str) -> None:
     """Hold that a call failed as a call should: the right exit code, one line of cause, one of help, no traceback."""
     said = result.stderr.decode()

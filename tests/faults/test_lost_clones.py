@@ -16,7 +16,7 @@ import pytest
 
 from pbotvm_qemu import paths, template
 from pbotvm_qemu.api import NeverRanError, Pool, RunLostError, StateError
-from tests.support import assert_refused, cli, cli_json, qemus
+from tests.support import PROGRAM, assert_refused, cli, cli_json, machine_qemus
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -33,7 +33,7 @@ def name(vm_env: Env, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     for variable in ("XDG_DATA_HOME", "XDG_RUNTIME_DIR", "XDG_CONFIG_HOME"):
         monkeypatch.setenv(variable, vm_env[variable])
     yield vm_env["PBOTVM_DOMAIN"]
-    assert qemus(f"guest={vm_env['PBOTVM_DOMAIN']}") == []
+    assert machine_qemus(vm_env) == []
 
 
 def pids(pool: Pool) -> list[int]:
@@ -58,17 +58,17 @@ async def test_a_clone_lost_in_its_sleep_is_replaced_and_no_caller_notices(name:
 
 @pytest.mark.parametrize("number", LOSSES)
 async def test_clones_lost_while_they_start_delay_a_caller_and_no_more(
-    name: str, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+    name: str, vm_env: Env, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pbotvm_qemu.machine.RESTORE_TIMEOUT", {"tcg": 5.0, "kvm": 5.0})
     monkeypatch.setattr("pbotvm_qemu.machine._LOAD_TIMEOUT", 5.0)
     async with Pool(name, size=0) as pool:
         for delay in (0.005, 0.03, 0.08, 0.2):
-            while qemus(f"guest={name}"):  # the one before
+            while machine_qemus(vm_env):  # the one before
                 await asyncio.sleep(0.01)
             run = asyncio.create_task(pool.run("sh", "echo served"))
             async with asyncio.timeout(30):
-                while not (started := qemus(f"guest={name}")):
+                while not (started := machine_qemus(vm_env)):
                     await asyncio.sleep(0.001)
             await asyncio.sleep(delay)
             with contextlib.suppress(ProcessLookupError):  # it was quicker than we
@@ -225,28 +225,34 @@ def test_a_spoiled_template_does_not_take_the_clones_that_live(own_machine: Env)
     assert b"state" in lost.stdout
 
 
-def test_a_qemu_that_was_upgraded_under_the_pool_is_not_used(own_machine: Env) -> None:
-    """The program changes while the pool lives; restoring into another build would corrupt the guest in silence."""
-    qemu = Path(own_machine["XDG_DATA_HOME"]) / "qemu-system-x86_64"
-    shutil.copy2("/usr/bin/qemu-system-x86_64", qemu)
-    found = qemu.stat()
-    identity = f"{qemu} of {found.st_size} bytes, changed {int(found.st_mtime)}"
-    modules = {"QEMU_MODULE_DIR": "/usr/lib/x86_64-linux-gnu/qemu"}  # a copied program does not find them
-    own_machine = own_machine | modules
-    note_times(own_machine)
-    for file in (folder_of(own_machine).parent / "machine.json", folder_of(own_machine) / "template.json"):
-        table = json.loads(file.read_text())
-        table["fingerprint"]["QEMU program"] = identity
-        file.write_text(json.dumps(table | ({"qemu": str(qemu)} if "qemu" in table else {})))
-    assert cli(own_machine, "start").returncode == 0
-    os.utime(qemu, (1, 1))
-    for number in range(2):
-        assert cli(own_machine, "exec", "-lang=sh", f"echo {number}").stdout == f"{number}\n".encode()
-    live = cli_json(own_machine, "status", "--json")["live"]
-    assert "another QEMU program" in str(live["problem"])
-    assert live["ready"] == 0
-    cli(own_machine, "stop")
-    assert_refused(cli(own_machine, "exec", "-lang=sh", "true"), 125, "another QEMU program", "create --force")
+def test_a_qemu_that_was_upgraded_under_the_pool_is_not_used(vm_env: Env, tmp_path: Path) -> None:
+    """The program changes while the pool lives; restoring into another build would corrupt the guest in silence.
+
+    The keeper sees a copy of QEMU in its place, in a mount namespace of its own.
+    """
+    if os.geteuid():
+        pytest.skip("needs root for a mount namespace")
+    tmp_path.chmod(0o755)
+    qemu = Path(shutil.copy2("/usr/bin/qemu-system-x86_64", tmp_path / "qemu"))
+    script = f'mount --bind {qemu} /usr/bin/qemu-system-x86_64 && exec "$@"'
+
+    def with_copy(*arguments: str) -> subprocess.CompletedProcess[bytes]:
+        return subprocess.run(
+            ["unshare", "-m", "sh", "-c", script, "sh", *PROGRAM, *arguments],
+            env=vm_env, capture_output=True, timeout=120, check=False, stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+
+    assert with_copy("start").returncode == 0
+    try:
+        os.utime(qemu, (1, 1))
+        for number in range(2):
+            assert cli(vm_env, "exec", "-lang=sh", f"echo {number}").stdout == f"{number}\n".encode()
+        live = cli_json(vm_env, "status", "--json")["live"]
+        assert "another QEMU program" in str(live["problem"])
+        assert live["ready"] == 0
+    finally:
+        cli(vm_env, "stop")
+    assert_refused(with_copy("exec", "-lang=sh", "true"), 125, "another QEMU program", "create --force")
 
 
 def test_a_copied_machine_is_refused_until_it_is_made_anew(own_machine: Env) -> None:

@@ -17,7 +17,7 @@ import pytest
 
 from pbotvm_qemu import paths, process
 from pbotvm_qemu.api import NeverRanError, Output, Pool, Result, StateError, Template, VirtualMachine
-from tests.support import qemus
+from tests.support import machine_qemus
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -34,7 +34,7 @@ def name(vm_env: Env, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     for variable in ("XDG_DATA_HOME", "XDG_RUNTIME_DIR", "XDG_CONFIG_HOME"):
         monkeypatch.setenv(variable, vm_env[variable])
     yield vm_env["PBOTVM_DOMAIN"]
-    assert qemus(f"guest={vm_env['PBOTVM_DOMAIN']}") == []
+    assert machine_qemus(vm_env) == []
 
 
 def template_hashes(name: str) -> dict[str, str]:

@@ -40,7 +40,7 @@ nohup sleep 1000 >/dev/null 2>&1 &
 umask 0; renice 5 $$ >/dev/null 2>&1
 """
 LOOK = """
-ls -A /tmp /var/tmp /dev/shm /home/vm ~ | grep -v prog; ps -e -o args= | grep -c '[s]leep 1000'
+ls -A /tmp /var/tmp /dev/shm ~ | grep -v prog; ls -A /home/vm | wc -l; ps -e -o args= | grep -c '[s]leep 1000'
 ls /dev/shm; grep -c mark /proc/net/unix; cat /proc/sys/vm/swappiness /proc/sys/kernel/core_pattern
 umask; nice; cat /proc/sys/kernel/random/entropy_avail; ls /sys/fs/cgroup | grep -c run-
 """

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from pbotvm_qemu import accel, image, net, paths, plan, process, qmp
+from pbotvm_qemu import accel, image, net, paths, plan, process, qmp, state, template
 from pbotvm_qemu.config import LOOPBACK, format_size
 from pbotvm_qemu.errors import HostError, ImageError, LaunchError, MonitorError, PbotVMError, tail
 
@@ -96,6 +96,7 @@ async def examine(config: Config, *, kernel: Path | None = None) -> tuple[Check,
         _guarded("setpriv", _setpriv),
         _guarded("privileges", _privileges),
         _guarded("images", _images),
+        _guarded("templates", _templates),
         _guarded("disk", _disk),
         _guarded("memory", lambda: _memory(config)),
         _guarded("ports", lambda: _ports(config)),
@@ -377,6 +378,18 @@ async def _images() -> list[Check]:
             return [Check("images", "fail", str(exc), exc.hint)]
         good += 1
     return [Check("images", "ok", f"{good} in {paths.images()}, every byte as built" if good else "none was built yet")]
+
+
+async def _templates() -> list[Check]:
+    """Compare every byte of the machines' templates with what was frozen."""
+    name = "templates"
+    found = [machine for machine in state.names() if template.exists(machine)]
+    for machine in found:
+        frozen = template.load(machine)
+        await asyncio.to_thread(frozen.verify)
+        frozen.check()
+    detail = f"{', '.join(found)}: every byte as frozen" if found else "no machine was frozen yet"
+    return [Check(name, "ok", detail)]
 
 
 async def _memory(config: Config) -> list[Check]:

@@ -26,23 +26,16 @@ def vm_env() -> Iterator[dict[str, str]]:
 @pytest.fixture
 def kept_env(vm_env: dict[str, str]) -> Iterator[dict[str, str]]:
     """The same with the machine kept by `run` as clones, and so with the relay listening."""
-    yield from _kept(vm_env, "clone")
+    yield from kept(vm_env, "clone")
 
 
 @pytest.fixture
 def disk_env(vm_env: dict[str, str]) -> Iterator[dict[str, str]]:
     """The same with the machine kept in the way `restart`: one QEMU that has the machine's own disk."""
-    yield from _kept(vm_env, "restart")
+    yield from kept(vm_env, "restart")
 
 
-@pytest.fixture(params=["clone", "loadvm", "restart"])
-def way_env(request: pytest.FixtureRequest, vm_env: dict[str, str]) -> Iterator[dict[str, str]]:
-    """The machine kept in each way back to clean; `WAY` in the environment names it."""
-    for env in _kept(vm_env, request.param):
-        yield env | {"WAY": request.param}
-
-
-def _kept(env: dict[str, str], way: str) -> Iterator[dict[str, str]]:
+def kept(env: dict[str, str], way: str) -> Iterator[dict[str, str]]:
     result = support.cli(env, "run", "--detach", "--revert", way)
     assert result.returncode == 0, result.stderr.decode()
     yield env

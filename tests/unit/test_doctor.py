@@ -350,7 +350,7 @@ async def test_network_problems_only_warn(monkeypatch: pytest.MonkeyPatch) -> No
 # all of it ----------------------------------------------------------------------------------------------------------
 
 NAMES = ["cpu", "kvm", "qemu", "qemu-features", "vhost-vsock", "tun", "bridge", "nftables", "bridge-helper",
-         "image-tools", "setpriv", "privileges", "images", "disk", "memory", "ports"]  # fmt: skip
+         "image-tools", "setpriv", "privileges", "images", "templates", "disk", "memory", "ports"]  # fmt: skip
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import json
 import socket
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -15,6 +15,7 @@ from pbotvm_qemu.errors import MonitorError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+    from pathlib import Path
 
 GREETING = {"QMP": {"version": {"qemu": {"micro": 0, "minor": 2, "major": 7}, "package": ""}, "capabilities": []}}
 SILENCE = None
@@ -187,3 +188,57 @@ async def test_snapshots_are_those_of_the_block_node(talk: Talk) -> None:
     assert await monitor.snapshots("disk0") == [{"name": "1"}]
     with pytest.raises(MonitorError, match="no block node y"):
         await monitor.snapshots("y")
+
+
+# States --------------------------------------------------------------------------------------------------------------
+
+
+def transfer(qemu: FakeQemu, command: str, status: str) -> None:
+    """Have the fake report `status` as soon as it was asked for `command`."""
+    qemu.events[command] = [
+        {"event": "MIGRATION", "data": {"status": "active"}, "timestamp": {"seconds": 1, "microseconds": 0}},
+        {"event": "MIGRATION", "data": {"status": status}, "timestamp": {"seconds": 1, "microseconds": 0}},
+    ]
+
+
+async def test_a_state_is_loaded_through_a_descriptor_and_without_memory(talk: Talk, tmp_path: Path) -> None:
+    qemu, monitor = talk
+    transfer(qemu, "migrate-incoming", "completed")
+    with (tmp_path / "state").open("w+b") as file:
+        await monitor.load_state(file.fileno(), without_memory=True, timeout=5)
+    seen: list[tuple[Any, Any]] = [(item["execute"], item.get("arguments")) for item in qemu.seen]
+    assert ("getfd", {"fdname": "load"}) in seen
+    assert ("migrate-incoming", {"uri": "fd:load"}) in seen
+    settings = [
+        {item["capability"]: item["state"] for item in arguments["capabilities"]}
+        for command, arguments in seen
+        if command == "migrate-set-capabilities"
+    ]
+    # Off again afterwards: a snapshot that this process saves later must hold its memory.
+    assert settings == [{"events": True, "x-ignore-shared": True}, {"x-ignore-shared": False}]
+
+
+async def test_a_later_qemu_gets_a_descriptor_set(tmp_path: Path) -> None:
+    greeting = json.loads(json.dumps(GREETING))
+    greeting["QMP"]["version"]["qemu"] = {"major": 10, "minor": 0, "micro": 2}
+    async with fake(greeting) as (qemu, sock), qmp.connect("fake", sock, timeout=10) as monitor:
+        assert monitor.version == (10, 0)
+        qemu.script["add-fd"] = {"return": {"fdset-id": 4, "fd": 9}}
+        transfer(qemu, "migrate", "completed")
+        with (tmp_path / "state").open("w+b") as file:
+            await monitor.save_state(file.fileno(), without_memory=False, timeout=5)
+        assert {"uri": "file:/dev/fdset/4"} in [item.get("arguments") for item in qemu.seen]
+
+
+async def test_a_state_that_does_not_fit_is_told_in_qemus_words(talk: Talk, tmp_path: Path) -> None:
+    qemu, monitor = talk
+    transfer(qemu, "migrate-incoming", "failed")
+    qemu.script["query-migrate"] = {"return": {"status": "failed", "error-desc": "Unknown ramblock"}}
+    with (tmp_path / "state").open("w+b") as file, pytest.raises(MonitorError, match="Unknown ramblock"):
+        await monitor.load_state(file.fileno(), without_memory=True, timeout=5)
+
+
+async def test_a_transfer_without_end_has_a_deadline(talk: Talk, tmp_path: Path) -> None:
+    _qemu, monitor = talk
+    with (tmp_path / "state").open("w+b") as file, pytest.raises(MonitorError, match="in time"):
+        await monitor.save_state(file.fileno(), without_memory=True, timeout=0.1)

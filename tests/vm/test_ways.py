@@ -4,17 +4,31 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.conftest import kept
 from tests.support import PROGRAM, cli, cli_json, qemus
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 pytestmark = pytest.mark.vm
 
 Env = dict[str, str]
+
+
+@pytest.fixture(scope="module", params=["clone", "loadvm", "restart"])
+def way_env(request: pytest.FixtureRequest, vm_env: Env) -> Iterator[Env]:
+    """The machine kept in each way; `WAY` in the environment names it."""
+    for env in kept(vm_env, request.param):
+        yield env | {"WAY": request.param}
+
 
 # Leaves a mark wherever a program can write or keep something.
 MARKS = """
@@ -40,7 +54,7 @@ nohup sleep 1000 >/dev/null 2>&1 &
 umask 0; renice 5 $$ >/dev/null 2>&1
 """
 LOOK = """
-ls -A /tmp /var/tmp /dev/shm ~ | grep -v prog; ls -A /home/vm | wc -l; ps -e -o args= | grep -c '[s]leep 1000'
+ls -A /tmp /var/tmp /dev/shm . | grep -v prog; ls -A /home/vm | wc -l; ps -e -o args= | grep -c '[s]leep 1000'
 ls /dev/shm; grep -c mark /proc/net/unix; cat /proc/sys/vm/swappiness /proc/sys/kernel/core_pattern
 umask; nice; cat /proc/sys/kernel/random/entropy_avail; ls /sys/fs/cgroup | grep -c run-
 """
@@ -85,6 +99,18 @@ def test_callers_at_once_get_their_own_answers(way_env: Env) -> None:
     with ThreadPoolExecutor(4) as callers:
         answers = list(callers.map(lambda n: cli(way_env, "exec", "-lang=sh", f"echo {n}").stdout, range(6)))
     assert answers == [f"{number}\n".encode() for number in range(6)]
+
+
+def test_the_health_port_beats_at_least_every_five_seconds(way_env: Env) -> None:
+    with socket.create_connection(("127.0.0.1", int(way_env["PBOTVM_HEALTH"])), timeout=30) as sock:
+        begin = time.monotonic()
+        heard = b""
+        while heard.count(b"\n") < 3:
+            heard += sock.recv(64)
+        assert heard.strip(b"\r\n") == b""
+        assert time.monotonic() - begin < 60  # two pauses of 4 s by the clock of a guest on a busy host
+    with socket.create_connection(("127.0.0.1", int(way_env["PBOTVM_SERIAL"])), timeout=30):
+        pass
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])

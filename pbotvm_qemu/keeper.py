@@ -87,6 +87,7 @@ class Keeper:
             log.info("stopping: %d running", pool.status()["busy"])
             if self._relay:
                 self._relay.close()
+            self._sessions.end_idle()
             if not await pool.drain(DRAIN):
                 log.warning("programs that still run after %.0f s are ended", DRAIN)
 

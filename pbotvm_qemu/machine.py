@@ -379,15 +379,19 @@ class VirtualMachine:
         with ExitStack() as undo:
             state_file = undo.enter_context(tempfile.TemporaryFile(dir=folder, prefix=".state-"))
             disk = undo.enter_context(tempfile.TemporaryFile(dir=folder, prefix=".overlay-"))
-            await self.sleep()
-            try:
-                await self.monitor.save_state(state_file.fileno(), without_memory=False, timeout=SAVE_TIMEOUT)
-                source = paths.open_file(self._disk.fileno())
-                await asyncio.to_thread(template.copy_into, source, disk.fileno())
-            except OSError as exc:
-                raise HostError(f"cannot save the machine in {folder}: {exc.strerror}", hint="free some space") from exc
-            finally:
-                await self.monitor.execute("cont")
+            # QEMU takes a descriptor out of a set only when its access mode is just the one that is wanted.
+            with paths.open_file(state_file.fileno()).open("wb", buffering=0) as writable:
+                await self.sleep()
+                try:
+                    await self.monitor.save_state(writable.fileno(), without_memory=False, timeout=SAVE_TIMEOUT)
+                    source = paths.open_file(self._disk.fileno())
+                    await asyncio.to_thread(template.copy_into, source, disk.fileno())
+                except OSError as exc:
+                    raise HostError(
+                        f"cannot save the machine in {folder}: {exc.strerror}", hint="free some space"
+                    ) from exc
+                finally:
+                    await self.monitor.execute("cont")
             undo.pop_all()
         return template.SavedState(state_file, disk)
 

@@ -214,6 +214,12 @@ class Sessions:
         origin = self.get(id_)
         return self._add(await origin.copy(), origin.idle)
 
+    def end_idle(self) -> None:
+        """End every session in which nothing happens just now."""
+        for session in list(self._sessions.values()):
+            if not session.busy:
+                self.end(session.id)
+
     def end(self, id_: str) -> None:
         """End session `id_`. Raises NeverRanError when there is none."""
         self.get(id_).end()

@@ -404,7 +404,7 @@ class Pool:
         outcome = await lease.machine.execute(_PROOF, [], on_output=ignore)
         if outcome.status != 0:
             raise GuestError(f"machine {lease.clone} cannot run a program: {outcome.message or outcome.exit_code}")
-        if not len(self._turns):
+        if not len(self._turns) and not self.way.single:
             await lease.machine.sleep()
             lease.asleep = True
 

@@ -36,7 +36,7 @@ class Way(Protocol):
     name: Name
     why: str  # in words: why this way was chosen
     plan: Plan
-    single: bool  # whether only one machine can live at a time
+    single: bool  # whether there is one machine, with ports of its own, and so awake all the time
 
     async def start(self) -> VirtualMachine:
         """Return a clean machine that was started for it. The caller stops it. Raises what VirtualMachine raises."""

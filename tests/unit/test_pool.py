@@ -187,6 +187,13 @@ async def test_a_way_that_renews_keeps_its_machine() -> None:
     assert len(way.made) == 1
 
 
+async def test_a_single_machine_stays_awake_for_its_ports() -> None:
+    way = Way(single=True)
+    async with running(way, size=1, most=1) as pool:
+        await pool.ready()
+        assert (way.made[0].proofs, way.made[0].asleep) == (1, False)
+
+
 async def test_a_machine_that_dies_in_the_pool_is_replaced_and_counted() -> None:
     way = Way()
     async with running(way, size=2, most=4) as pool:

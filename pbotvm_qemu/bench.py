@@ -15,7 +15,20 @@ import time
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
-from pbotvm_qemu import __version__, accel, commands, creation, image, keeper, machine, process, state, template, ways
+from pbotvm_qemu import (
+    __version__,
+    accel,
+    commands,
+    control,
+    creation,
+    image,
+    keeper,
+    machine,
+    process,
+    state,
+    template,
+    ways,
+)
 from pbotvm_qemu.config import SNAPSHOT, Limits, format_size
 from pbotvm_qemu.errors import GuestError
 from pbotvm_qemu.guest import spec
@@ -213,7 +226,7 @@ async def _commands(config: Config, samples: Samples, rounds: int, say: Say) -> 
     await commands.start(config, relay=False, arguments=["keep", name])
     try:
         for _ in range(rounds):
-            while (await commands.ask(name, {"do": "status"}))["ready"] == 0:
+            while (await control.ask(name, {"do": "status"}))["ready"] == 0:
                 await asyncio.sleep(0.05)
             begin = time.perf_counter()
             argv = [sys.executable, "-m", "pbotvm_qemu", "exec", "--vm", name, "-lang=sh", "true"]

@@ -312,7 +312,7 @@ def execute(
     as_json: Json = False,
 ) -> None:
     """Run a program on a clean machine; its output and exit status become ours."""
-    from pbotvm_qemu import commands, execution
+    from pbotvm_qemu import control, execution, running
 
     config = _config(vm, limits_wall=timeout, limits_output=output_limit)
     job = execution.prepare(
@@ -321,11 +321,11 @@ def execute(
     if keep and session is not None:
         raise UsageError("--keep opens a session, --session uses one", hint="give one of them")
     if keep:
-        session = str(_run(commands.ask(config.machine.name, {"do": "session-open"}))["id"])
+        session = str(_run(control.ask(config.machine.name, {"do": "session-open"}))["id"])
         _say(f"session {session} is open; go on with: pbotvm-qemu exec --session {session}")
     sink = execution.Sink(keep=as_json)
     result = _run(
-        commands.execute(
+        running.execute(
             config,
             job.request,
             on_output=sink.write,
@@ -586,10 +586,10 @@ Id = Annotated[str, typer.Argument(help="The session, as `session list` shows it
 
 
 def _ask_session(vm: str | None, question: dict[str, object]) -> dict[str, object]:
-    from pbotvm_qemu import commands
+    from pbotvm_qemu import control
 
     name = _config(vm).machine.name
-    return _run(commands.ask(name, {key: value for key, value in question.items() if value is not None}, timeout=300.0))
+    return _run(control.ask(name, {key: value for key, value in question.items() if value is not None}, timeout=300.0))
 
 
 def _show_session(found: dict[str, object], *, as_json: bool) -> None:

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
-import logging
 import shutil
 import sys
 import time
-from contextlib import AsyncExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from pbotvm_qemu import (
@@ -21,116 +18,22 @@ from pbotvm_qemu import (
     paths,
     plan,
     process,
-    request,
     snapshots,
     state,
 )
 from pbotvm_qemu.config import SNAPSHOT
-from pbotvm_qemu.errors import PbotVMError, StateError, UsageError
+from pbotvm_qemu.errors import PbotVMError, StateError
 from pbotvm_qemu.languages import Registry
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    from pbotvm_qemu.channel import OnOutput, Outcome
     from pbotvm_qemu.config import Config
-    from pbotvm_qemu.guest.spec import RunSpec
-
-log = logging.getLogger(__name__)
 
 _START_TIMEOUT = 180.0  # seconds for a detached keeper to report
 _STOP_TIMEOUT = 45.0
-_LONG_AGO = 0.05  # seconds: who waited longer for a machine looks at it again
 _ASK_SNAPSHOT = snapshots.TIMEOUT + 60.0
-
-
-# exec --------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Execution:
-    """A program that was run: in which language, and how it ended."""
-
-    language: str
-    outcome: Outcome
-
-
-async def execute(
-    config: Config,
-    wanted: request.Request,
-    *,
-    on_output: OnOutput,
-    stdin: AsyncIterator[bytes] | None,
-    code: bytes | None = None,
-    files: Sequence[tuple[str, bytes]] = (),
-    collect: Sequence[str] = (),
-    session: str | None = None,
-    on_wait: Callable[[str], None] | None = None,
-) -> Execution:
-    """Run one program on a clean machine: through the keeper when one runs, else in a machine started for it.
-
-    `session` runs it in that session of the keeper instead. Raises UsageError and UnknownLanguageError before anything is started; see Channel.execute for the rest.
-    """
-    record = state.ready(wanted.machine or config.machine.name)
-    language = Registry.load(paths.user_languages()).find(wanted.language, record.languages)
-    spec, content = request.render(
-        wanted, language, config.limits, stdin=stdin is not None, code=code, files=files, collect=collect
-    )
-    for _ in range(2):
-        kept = state.running(record.name)
-        if kept and kept.purpose in ("run", "start"):
-            try:
-                talk = await control.connect(paths.MachinePaths(record.name).control_socket)
-            except StateError:
-                if state.running(record.name):
-                    raise
-                continue  # it stopped between the look and the call
-            try:
-                limit = spec.limits.wall + config.relay.queue_wait + 30
-                outcome = await talk.execute(
-                    spec, content, on_output=on_output, stdin=stdin, timeout=limit, session=session
-                )
-            finally:
-                await talk.close()
-            return Execution(language.name, outcome)
-        break
-    if session is not None:
-        raise StateError(
-            f"there is no session {session[:40]!r}: machine {record.name!r} is not kept",
-            hint=f"start it with `pbotvm-qemu start {record.name}`, then use --keep",
-        )
-    outcome = await _execute_alone(config, record, spec, content, on_output, stdin, on_wait)
-    return Execution(language.name, outcome)
-
-
-async def _execute_alone(
-    config: Config,
-    record: state.MachineRecord,
-    spec: RunSpec,
-    content: Sequence[bytes],
-    on_output: OnOutput,
-    stdin: AsyncIterator[bytes] | None,
-    on_wait: Callable[[str], None] | None,
-) -> Outcome:
-    begin = time.monotonic()
-    way = keeper.choose(record, config)
-    async with AsyncExitStack() as stack:
-        patience = config.relay.queue_wait
-        lock = (
-            state.lock(record.name, purpose="exec", wait=patience, on_wait=on_wait)
-            if way.single
-            else state.share(record.name, wait=patience, on_wait=on_wait)
-        )
-        await stack.enter_async_context(lock)
-        queued = time.monotonic() - begin
-        if queued > _LONG_AGO:
-            way = keeper.choose(record, config)  # whoever had the machine may have changed it
-        vm = await way.start()
-        stack.push_async_callback(vm.stop)
-        outcome = await vm.execute(spec, content, on_output=on_output, stdin=stdin)
-        transport = vm.hello.transport if vm.hello else ""
-    return replace(outcome, queue_s=round(queued, 4), transport=transport, clone=f"{record.name}/exec", revert=way.name)
 
 
 # keepers -----------------------------------------------------------------------------------------------------------------
@@ -188,34 +91,13 @@ async def stop(name: str) -> bool:
             hint="wait for it, or interrupt it with Ctrl-C",
         )
     with contextlib.suppress(PbotVMError):
-        await ask(name, {"do": "stop"})
+        await control.ask(name, {"do": "stop"})
     until = time.monotonic() + _STOP_TIMEOUT
     while time.monotonic() < until:
         if not kept.keeper.alive():
             return True
         await asyncio.sleep(0.02)
     raise StateError(f"machine {name!r} did not stop in {_STOP_TIMEOUT:.0f} s", hint=f"kill -9 {kept.keeper.pid}")
-
-
-async def ask(name: str, question: dict[str, object], *, timeout: float = 30.0) -> dict[str, object]:
-    """Return the answer of the keeper of machine `name`.
-
-    Raises StateError when nobody keeps it or the answer is an error.
-    """
-    kept = state.running(name)
-    if kept is None or kept.purpose not in ("run", "start"):
-        state.load(name)
-        raise StateError(f"machine {name!r} is not running", hint=f"start it with `pbotvm-qemu start {name}`")
-    talk = await control.connect(paths.MachinePaths(name).control_socket)
-    try:
-        answer = await talk.control(question, timeout=timeout)
-    finally:
-        await talk.close()
-    if "error" in answer:
-        hint = answer.get("hint")
-        error = UsageError if answer.get("exit_code") == UsageError.exit_code else StateError
-        raise error(str(answer["error"]), hint=str(hint) if hint else None)
-    return answer
 
 
 # reports -----------------------------------------------------------------------------------------------------------------
@@ -259,7 +141,7 @@ async def status(keeper_config: Config) -> dict[str, object]:
         "verdict": accelerator_reason(record),
     }
     if report["state"] == "running":
-        live = await ask(name, {"do": "status"})
+        live = await control.ask(name, {"do": "status"})
         report["live"] = live
         pids = live.get("pids")
         used = [process.usage(pid) for pid in pids if isinstance(pid, int)] if isinstance(pids, list) else []
@@ -330,14 +212,14 @@ async def _with_own_disk(name: str) -> bool:
     kept = state.running(name)
     if kept is None or kept.purpose not in ("run", "start"):
         return False
-    return (await ask(name, {"do": "status"})).get("revert") != "clone"
+    return (await control.ask(name, {"do": "status"})).get("revert") != "clone"
 
 
 async def snapshot_list(name: str) -> list[dict[str, object]]:
     """Return the snapshots of machine `name`, running or not, as QEMU's SnapshotInfo objects."""
     state.ready(name)
     if await _with_own_disk(name):
-        found = (await ask(name, {"do": "snapshot-list"}))["snapshots"]
+        found = (await control.ask(name, {"do": "snapshot-list"}))["snapshots"]
         return [item for item in found if isinstance(item, dict)] if isinstance(found, list) else []
     return await image.overlay_snapshots(paths.MachinePaths(name).disk)
 
@@ -345,7 +227,7 @@ async def snapshot_list(name: str) -> list[dict[str, object]]:
 async def snapshot_create(name: str, tag: str) -> None:
     """Save the state of the running machine `name` under `tag`."""
     state.ready(name)
-    await ask(name, {"do": "snapshot-create", "tag": keeper.check_tag(tag)}, timeout=_ASK_SNAPSHOT)
+    await control.ask(name, {"do": "snapshot-create", "tag": keeper.check_tag(tag)}, timeout=_ASK_SNAPSHOT)
 
 
 async def snapshot_delete(name: str, tag: str) -> None:
@@ -353,7 +235,7 @@ async def snapshot_delete(name: str, tag: str) -> None:
     state.ready(name)
     keeper.check_tag(tag)
     if await _with_own_disk(name):
-        await ask(name, {"do": "snapshot-delete", "tag": tag}, timeout=_ASK_SNAPSHOT)
+        await control.ask(name, {"do": "snapshot-delete", "tag": tag}, timeout=_ASK_SNAPSHOT)
         return
     async with state.lock(name, purpose="snapshot"):
         disk = paths.MachinePaths(name).disk
@@ -370,7 +252,7 @@ async def snapshot_delete(name: str, tag: str) -> None:
 async def revert(name: str, tag: str) -> str:
     """Put the running machine `name` back to `tag`; return the way taken, "loadvm" or "restart"."""
     state.ready(name)
-    return str((await ask(name, {"do": "revert", "tag": keeper.check_tag(tag)}, timeout=_ASK_SNAPSHOT))["way"])
+    return str((await control.ask(name, {"do": "revert", "tag": keeper.check_tag(tag)}, timeout=_ASK_SNAPSHOT))["way"])
 
 
 # removal -----------------------------------------------------------------------------------------------------------------
@@ -458,8 +340,3 @@ async def _prune_machine(name: str, *, dry_run: bool) -> list[Leftover]:
         if gone or unfinished:
             state.forget_lock(name)
     return found
-
-
-def to_json(value: object) -> str:
-    """Return `value` as the text that `--json` prints."""
-    return json.dumps(value, ensure_ascii=False, default=str)

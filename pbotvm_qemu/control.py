@@ -14,8 +14,17 @@ import socket
 import struct
 from typing import TYPE_CHECKING
 
+from pbotvm_qemu import paths, state
 from pbotvm_qemu.channel import Channel
-from pbotvm_qemu.errors import OURS, GuestError, NeverRanError, PbotVMError, RunLostError, StateError
+from pbotvm_qemu.errors import (
+    OURS,
+    GuestError,
+    NeverRanError,
+    PbotVMError,
+    RunLostError,
+    StateError,
+    UsageError,
+)
 from pbotvm_qemu.guest import spec, wire
 from pbotvm_qemu.guest.wire import FrameType
 
@@ -64,6 +73,27 @@ async def connect(path: Path) -> Channel:
         await channel.close()
         raise StateError(f"the machine's process does not answer: {exc}") from exc
     return channel
+
+
+async def ask(name: str, question: dict[str, object], *, timeout: float = 30.0) -> dict[str, object]:
+    """Return the answer of the keeper of machine `name`.
+
+    Raises StateError when nobody keeps it or the answer is an error.
+    """
+    kept = state.running(name)
+    if kept is None or kept.purpose not in ("run", "start"):
+        state.load(name)
+        raise StateError(f"machine {name!r} is not running", hint=f"start it with `pbotvm-qemu start {name}`")
+    talk = await connect(paths.MachinePaths(name).control_socket)
+    try:
+        answer = await talk.control(question, timeout=timeout)
+    finally:
+        await talk.close()
+    if "error" in answer:
+        hint = answer.get("hint")
+        error = UsageError if answer.get("exit_code") == UsageError.exit_code else StateError
+        raise error(str(answer["error"]), hint=str(hint) if hint else None)
+    return answer
 
 
 class ControlServer:

@@ -25,7 +25,7 @@ ROWS = (
     {"sessions", "snapshots", "relay", "ports"},
     {"control"},
     {"keeper"},
-    {"commands", "creation"},
+    {"commands", "creation", "running"},
     {"bench", "doctor", "plot", "api"},
     {"cli"},
     {"__main__"},

@@ -40,3 +40,12 @@ def kept(env: dict[str, str], way: str) -> Iterator[dict[str, str]]:
     assert result.returncode == 0, result.stderr.decode()
     yield env
     support.cli(env, "stop")
+
+
+@pytest.fixture
+def name(vm_env: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The machine's name, with its folders in our own environment, for tests of the Python API."""
+    for variable in ("XDG_DATA_HOME", "XDG_RUNTIME_DIR", "XDG_CONFIG_HOME"):
+        monkeypatch.setenv(variable, vm_env[variable])
+    yield vm_env["PBOTVM_DOMAIN"]
+    assert support.machine_qemus(vm_env) == []

@@ -27,15 +27,6 @@ Env = dict[str, str]
 LOSSES = [signal.SIGKILL, signal.SIGSTOP]
 
 
-@pytest.fixture
-def name(vm_env: Env, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The machine's name, with its folders in our own environment."""
-    for variable in ("XDG_DATA_HOME", "XDG_RUNTIME_DIR", "XDG_CONFIG_HOME"):
-        monkeypatch.setenv(variable, vm_env[variable])
-    yield vm_env["PBOTVM_DOMAIN"]
-    assert machine_qemus(vm_env) == []
-
-
 def pids(pool: Pool) -> list[int]:
     found = pool.status()["pids"]
     assert isinstance(found, list)

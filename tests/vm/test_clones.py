@@ -11,30 +11,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 
 from pbotvm_qemu import paths, process
 from pbotvm_qemu.api import NeverRanError, Output, Pool, Result, StateError, Template, VirtualMachine
-from tests.support import machine_qemus
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 pytestmark = pytest.mark.vm
 
 Env = dict[str, str]
 RUNS = int(os.environ.get("PBOTVM_TEST_RUNS", "80"))  # set it higher for a long run by hand
-
-
-@pytest.fixture
-def name(vm_env: Env, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The machine's name, with its folders in our own environment."""
-    for variable in ("XDG_DATA_HOME", "XDG_RUNTIME_DIR", "XDG_CONFIG_HOME"):
-        monkeypatch.setenv(variable, vm_env[variable])
-    yield vm_env["PBOTVM_DOMAIN"]
-    assert machine_qemus(vm_env) == []
 
 
 def template_hashes(name: str) -> dict[str, str]:

@@ -56,11 +56,12 @@ class Outcome:
     limit: str | None  # "wall", "cpu", "memory", "processes", "file_size", "output"
     stage: str  # "build" or "run"
     message: str
-    wall_s: float
+    wall_s: float  # of the program; with the build, where that has no time of its own
     cpu_s: float | None
     memory_peak: int | None  # bytes
     files: dict[str, bytes] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)  # collected files that were not there, and why
+    build_s: float = 0.0
     # Where and how it ran, said by the host.
     queue_s: float = 0.0
     transport: str = ""
@@ -203,7 +204,7 @@ class Channel:
         Raises NeverRanError when the agent refused it, RunLostError when the channel broke after it was sent,
         GuestError when the guest broke the protocol.
         """
-        limit = spec.limits.wall + _GRACE if timeout is None else timeout
+        limit = spec.seconds + _GRACE if timeout is None else timeout
         id_, pending = self._register()
         feeder: asyncio.Task[None] | None = None
         finished = False
@@ -416,6 +417,7 @@ def parse_outcome(answer: dict[str, object], files: dict[str, bytes], missing: d
         stage=_shown(answer.get("stage")),
         message=_shown(answer.get("message")),
         wall_s=seconds("wall_s") or 0.0,
+        build_s=seconds("build_s") or 0.0,
         cpu_s=seconds("cpu_s"),
         memory_peak=integer("memory_peak", 0, 1 << 60),
         files=files,

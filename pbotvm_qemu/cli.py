@@ -37,6 +37,8 @@ sessions = typer.Typer(
     help="Sessions of a kept machine: several runs in one clone. `exec --keep` opens one.", no_args_is_help=True
 )
 app.add_typer(sessions, name="session")
+languages = typer.Typer(help="Languages: what a machine has, how each is run, and whether it works.")
+app.add_typer(languages, name="languages")
 
 
 def complete_machine(incomplete: str) -> list[str]:
@@ -60,6 +62,10 @@ Name = Annotated[
 Pool = Annotated[Optional[int], typer.Option("--pool", help="Clean machines to keep ready and unused.")]
 Revert = Annotated[
     Optional[str], typer.Option("--revert", help="The way back to clean: auto, clone, loadvm or restart.")
+]
+Machine = Annotated[
+    Optional[str],
+    typer.Option("--vm", help="The machine; default: PBOTVM_DOMAIN or pbot-vm.", autocompletion=complete_machine),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
@@ -474,19 +480,92 @@ def qemu_command(name: Name = None) -> None:
     )
 
 
-@app.command()
-def languages(name: Name = None, *, as_json: Json = False) -> None:
+@languages.callback(invoke_without_command=True)
+def list_languages(
+    context: typer.Context,
+    *,
+    vm: Machine = None,
+    as_json: Json = False,
+) -> None:
     """List the languages: which a machine has, and why not the others."""
+    if context.invoked_subcommand:
+        return
     from pbotvm_qemu import commands
 
-    found = commands.languages(_config(name).machine.name)
+    found = commands.languages(_config(vm).machine.name)
     if as_json:
         _print_json({"languages": found})
+    else:
+        for item in found:
+            aliases = f" ({', '.join(item['aliases'])})" if item["aliases"] else ""  # type: ignore[arg-type]
+            mark = "yes" if item["installed"] else "no"
+            why = f"; {item['why']}" if item["why"] else ""
+            typer.echo(f"{mark:4} {item['name']}{aliases}: {item['description']}{why}")
+    _refused_languages()
+
+
+def _refused_languages() -> None:
+    """Tell of language files that were refused; the others work."""
+    from pbotvm_qemu import paths
+    from pbotvm_qemu.languages import Registry
+
+    for problem in Registry.load(paths.user_languages()).problems.values():
+        typer.secho(f"warning: {problem}", fg="yellow", err=True)
+        if problem.hint:
+            typer.secho(f"hint: {problem.hint}", dim=True, err=True)
+
+
+@languages.command(name="show")
+def show_language(
+    name: Annotated[str, typer.Argument(help="Its name or an alias.", autocompletion=complete_language)],
+    *,
+    as_json: Json = False,
+) -> None:
+    """Show all that is known of a language."""
+    from pbotvm_qemu import commands
+
+    found = commands.language(name)
+    if as_json:
+        _print_json(found)
         return
-    for item in found:
-        aliases = f" ({', '.join(item['aliases'])})" if item["aliases"] else ""  # type: ignore[arg-type]
-        mark = "yes" if item["installed"] else "no"
-        typer.echo(f"{mark:4} {item['name']}{aliases}: {item['description']}{'; ' if item['why'] else ''}{item['why']}")
+    for key, value in found.items():
+        if isinstance(value, dict):
+            shown = ", ".join(f"{inner} = {detail}" for inner, detail in value.items())
+        else:
+            shown = " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+        if shown:
+            typer.echo(f"{key + ':':16} {shown}")
+
+
+@languages.command(name="test")
+def try_languages(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Languages or sets; default: all that the machine has.",
+                                         autocompletion=complete_language)
+    ] = None,
+    *,
+    vm: Machine = None,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Run the samples of languages in a real guest, and print a table of what works."""
+    from dataclasses import asdict
+
+    from pbotvm_qemu import commands, trial
+
+    config = _config(vm)
+    wanted = commands.installed_languages(config.machine.name, ",".join(names or []))
+    reports = _run(
+        trial.examine(
+            config, wanted, lambda name, result: _say(f"{name}, {result.row}: {result.verdict} {result.detail}".rstrip())
+        )
+    )
+    if as_json:
+        _print_json({"languages": [asdict(report) for report in reports]})
+    else:
+        for line in trial.table(reports):
+            typer.echo(line)
+    if not all(report.passed for report in reports):
+        raise typer.Exit(OURS)
 
 
 @app.command()
@@ -519,12 +598,6 @@ def bench(
     else:
         for line in benchmark.table(report):
             typer.echo(line)
-
-
-Machine = Annotated[
-    Optional[str],
-    typer.Option("--vm", help="The machine; default: PBOTVM_DOMAIN or pbot-vm.", autocompletion=complete_machine),
-]
 
 
 @snapshots.command(name="list")

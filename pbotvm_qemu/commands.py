@@ -192,16 +192,38 @@ def languages(name: str | None) -> list[dict[str, object]]:
             "aliases": list(language.aliases),
             "description": language.description,
             "installed": installed is not None and language.name in installed,
-            "why": _why_not(language.name, name, installed),
+            "why": _why_not(language, name, installed),
         }
         for _name, language in sorted(Registry.load(paths.user_languages()).languages.items())
     ]
 
 
-def _why_not(language: str, name: str | None, installed: Sequence[str] | None) -> str:
+def _why_not(language: Language, name: str | None, installed: Sequence[str] | None) -> str:
+    if installed is not None and language.name in installed:
+        return ""
+    if language.absent:
+        return language.absent
     if installed is None:
         return f"there is no machine {name!r} yet" if name else "no machine was named"
-    return "" if language in installed else f"machine {name!r} was made without it"
+    return f"machine {name!r} was made without it"
+
+
+def language(name: str) -> dict[str, object]:
+    """Return all that is known of the language called `name`. Raises UnknownLanguageError when there is none."""
+    found = asdict(Registry.load(paths.user_languages()).find(name))
+    found["tests"] = {**found["tests"]["programs"], **{row: f"none: {why}" for row, why in found["tests"]["cannot"].items()}}
+    return found
+
+
+def installed_languages(name: str, text: str) -> tuple[Language, ...]:
+    """Return those of machine `name`'s languages that `text` selects, all when it is empty.
+
+    Raises UnknownLanguageError for one that the machine does not have, StateError when there is no machine.
+    """
+    record = state.ready(name)
+    registry = Registry.load(paths.user_languages())
+    chosen = registry.select(text or ",".join(record.languages))
+    return tuple(registry.find(item.name, record.languages) for item in chosen)
 
 
 # snapshots ---------------------------------------------------------------------------------------------------------------

@@ -10,9 +10,9 @@ import uuid
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from pbotvm_qemu import accel, channel, image, machine, paths, plan, process, request, snapshots, state, template
-from pbotvm_qemu.config import SNAPSHOT, Limits
-from pbotvm_qemu.errors import GuestError, HostError, StateError
+from pbotvm_qemu import accel, image, machine, paths, plan, process, snapshots, state, template, trial
+from pbotvm_qemu.config import SNAPSHOT
+from pbotvm_qemu.errors import HostError, StateError
 from pbotvm_qemu.languages import Language, Registry
 
 if TYPE_CHECKING:
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-WARM_LIMITS = Limits(wall=120.0)  # the first run of a compiler under emulation takes its time
 _SNAPSHOT_ROOM = 256 << 20  # bytes of disk beside the guest's memory, which is written twice
 
 
@@ -156,7 +155,7 @@ async def _freeze(
     async with machine.VirtualMachine(replace(cold, disk=disk, memory=plan.Memory(ram, shared=True))) as vm:
         for number, language in enumerate(languages):
             progress(f"warming up {language.name}", 0.82 + 0.1 * number / len(languages))
-            await _warm(vm, language)
+            await trial.warm(vm.execute, language)
         progress("freezing the machine", 0.92)
         # Twice: the first answer may still have its own traces under way in the guest.
         await vm.channel.ping()
@@ -172,22 +171,3 @@ async def _freeze(
     async with machine.VirtualMachine(clone, thaw=sealed.frozen) as vm:  # which also shows that the template works
         await vm.channel.ping()
         await vm.monitor.snapshot_save(SNAPSHOT, plan.DISK, timeout=snapshots.TIMEOUT)
-
-
-async def _warm(vm: machine.VirtualMachine, language: Language) -> None:
-    """Run the sample of `language`, twice so that nothing is left to load. Raises GuestError when it prints the wrong thing."""
-    spec, content = request.render(request.Request(code=language.sample_code), language, WARM_LIMITS, stdin=False)
-    for _ in range(2):
-        printed = bytearray()
-
-        async def keep(_stream: channel.Stream, data: bytes, printed: bytearray = printed) -> None:
-            printed.extend(data[: 4096 - len(printed)])
-
-        outcome = await vm.execute(spec, content, on_output=keep)
-        if outcome.exit_code or printed.decode("utf-8", "replace") != language.sample_output:
-            said = printed.decode("utf-8", "replace").strip()[:300]
-            raise GuestError(
-                f"language {language.name} does not work in this guest: exit status {outcome.exit_code}, "
-                f"{outcome.message or said or 'no output'}",
-                hint="create the machine without it, see --languages",
-            )

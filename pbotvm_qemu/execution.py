@@ -199,6 +199,7 @@ def report(language: str, outcome: Outcome, sink: Sink) -> dict[str, object]:
         "stage": outcome.stage,
         "message": outcome.message,
         "wall_s": outcome.wall_s,
+        "build_s": outcome.build_s,
         "cpu_s": outcome.cpu_s,
         "memory_peak": outcome.memory_peak,
         "queue_s": outcome.queue_s,

@@ -19,6 +19,7 @@ import hashlib
 import json
 import lzma
 import os
+import shlex
 import shutil
 import stat
 import tarfile
@@ -131,6 +132,7 @@ class Recipe:
     modules: tuple[str, ...]
     packages: tuple[str, ...]
     exclude: tuple[str, ...]
+    folders: tuple[str, ...]
     languages: tuple[str, ...]
 
     @classmethod
@@ -140,7 +142,7 @@ class Recipe:
         chosen = sorted(languages, key=lambda language: language.name)
         try:
             table = tomllib.loads((directory / "recipe.toml").read_text("utf-8"))
-            packages = {*table["packages"], *(package for language in chosen for package in language.packages)}
+            packages = {*table["packages"], *(package for item in chosen for package in item.packages_for(name))}
             return cls(
                 directory=directory,
                 suite=table["suite"],
@@ -150,6 +152,7 @@ class Recipe:
                 modules=tuple(table["modules"]),
                 packages=tuple(sorted(packages)),
                 exclude=tuple(table["exclude"]),
+                folders=tuple(table["folders"]),
                 languages=tuple(language.name for language in chosen),
             )
         except (OSError, KeyError, TypeError, tomllib.TOMLDecodeError) as exc:
@@ -169,6 +172,8 @@ class Recipe:
             *self.packages,
             "/",
             *self.exclude,
+            "/",
+            *self.folders,
         )
         digest.update("\0".join(parts).encode())
         for file in (self.directory / "customize", paths.recipes() / "initramfs" / "init"):
@@ -256,6 +261,7 @@ async def _bootstrap(recipe: Recipe, work: Path, progress: Progress) -> Path:
         "--format=tar",
         *(f"--dpkgopt=path-exclude={pattern}" for pattern in recipe.exclude),
         '--aptopt=APT::Install-Recommends "false"',
+        *(f'--essential-hook=mkdir -p "$1"{shlex.quote(folder)}' for folder in recipe.folders),
         f"--customize-hook={recipe.directory / 'customize'}",
     ]
     keyring = Path("/usr/share/keyrings") / recipe.keyring
@@ -426,8 +432,9 @@ def write_initramfs(image: Image, target: Path) -> str:
     The kernel unpacks archives that stand one after another, so the agent is simply appended.
     """
     agent = [("agent/start", 0o755, (paths.recipes() / "initramfs/start").read_bytes())]
-    sources = sorted(paths.guest_package().glob("*.py"))
-    agent += [(f"agent/guest/{source.name}", 0o644, source.read_bytes()) for source in sources]
+    package = paths.guest_package()
+    sources = sorted(path for path in package.rglob("*") if path.suffix in (".py", ".h"))
+    agent += [(f"agent/guest/{path.relative_to(package)}", 0o644, path.read_bytes()) for path in sources]
     data = image.boot.read_bytes() + cpio(agent)
     temporary = target.with_suffix(".tmp")
     temporary.write_bytes(data)

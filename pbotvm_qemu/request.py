@@ -27,6 +27,7 @@ _LEADING = re.compile(r"\s*--?(lang|vm)=(\S+)\s*")
 _ARGUMENTS = re.compile(r"--?(?:args|arguments)")
 _ESCAPE = re.compile(r"(?<!\\)\\(?:([nrtb])|x([0-9A-Fa-f]{1,8})|([0-7]{1,11}))")
 _OPTION = re.compile(r"\s*(-\S+)(?:\s+|$)")
+_WORD = re.compile(r"(\S+)(?:\s+|$)")
 _SIMPLE = {"n": "\n", "r": "\r", "t": "\t", "b": "\b"}
 
 
@@ -96,6 +97,9 @@ def parse_code(code: str, base: Request) -> Request:
     while match := _OPTION.match(code, position):
         options.append(_unquote(match[1]))
         position = match.end()
+        if match[1] == "-include" and (value := _WORD.match(code, position)):  # of the C family, with a word of its own
+            options.append(_unquote(value[1]))
+            position = value.end()
     code = code[position:]
     if options:
         request = replace(request, options=tuple(options))
@@ -194,11 +198,12 @@ def render(
     code: bytes | None = None,
     files: Sequence[tuple[str, bytes]] = (),
     collect: Sequence[str] = (),
+    chat: bool = False,
 ) -> tuple[spec.RunSpec, list[bytes]]:
     """Return the run frame for `request` and the content of its files.
 
-    `code` replaces the request's text where the caller has bytes; `files` are put beside the program. Raises UsageError
-    when something is too large or cannot be passed on.
+    `code` replaces the request's text where the caller has bytes; `files` are put beside the program. With `chat`,
+    what a compiler says is made short. Raises UsageError when something is too large or cannot be passed on.
     """
     program = (request.code.encode("utf-8", "surrogateescape") if code is None else code) + language.suffix.encode()
     if not program.endswith(b"\n"):
@@ -216,18 +221,20 @@ def render(
     everything = [(language.source, program), *files]
     value = {
         "files": [{"name": name, "size": len(data)} for name, data in everything],
-        "steps": [list(step) for step in language.steps(request.options, request.arguments)],
+        "steps": [list(step) for step in language.steps(request.options, request.arguments, chat=chat)],
         "env": dict(language.env),
         "stdin": stdin,
         "limits": {
             "wall": limits.wall,
             "cpu": limits.cpu,
             "memory": limits.memory,
-            "processes": limits.processes,
+            "processes": max(limits.processes, language.processes),
             "file_size": limits.file_size,
             "output": limits.output,
+            "build": language.build_seconds if language.build else 0,
         },
         "collect": list(collect),
+        "report": list(language.report),
     }
     try:
         parsed = spec.parse(value)

@@ -60,7 +60,7 @@ async def execute(
                     raise
                 continue  # it stopped between the look and the call
             try:
-                limit = spec.limits.wall + config.relay.queue_wait + 30
+                limit = spec.seconds + config.relay.queue_wait + 30
                 outcome = await talk.execute(
                     spec, content, on_output=on_output, stdin=stdin, timeout=limit, session=session
                 )

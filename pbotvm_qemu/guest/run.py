@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import math
 import os
 import resource
 import signal
 import stat
+import termios
 import time
+from array import array
 from collections import deque
 from enum import Enum, auto
 from typing import TYPE_CHECKING, NoReturn
 
 from . import system, wire
 from .loop import READ, WRITE
+from .spec import OWN, REPORT_SECONDS
 from .wire import FrameType
 
 if TYPE_CHECKING:
@@ -24,11 +28,32 @@ if TYPE_CHECKING:
     from .port import Port
     from .spec import RunSpec
 
+    OwnStep = Callable[[tuple[str, ...], dict[str, str]], int]
+
 _LOOK = 0.25  # seconds between two looks at a run's memory
 _STARVED = 4  # looks in a row without memory that end it
 _DRAIN = 2.0  # seconds for output to end after every process was killed
 _DRAIN_KEPT = 0.2  # seconds without output after which a kept run's streams are closed: what it left may hold them
+_CORE = "core"  # what start sets core_pattern to
+_CORE_MAX = 128 << 20  # bytes of it
+_DESCRIPTORS = 4096  # more than the agent ever has open
 _PATH = "/usr/local/bin:/usr/bin:/bin:/usr/local/sbin:/usr/sbin:/sbin"
+
+
+def _own_step(argv: tuple[str, ...]) -> OwnStep | None:
+    """Return the function that does a step of our own, such as `pbotvm:build`; None for a program."""
+    if not argv[0].startswith(OWN):
+        return None
+    from .source import build  # noqa: PLC0415 - most guests never need it
+
+    return build.main
+
+
+def _waiting(fd: int) -> bool:
+    """Tell whether bytes can be read from pipe `fd`."""
+    count = array("i", [0])
+    fcntl.ioctl(fd, termios.FIONREAD, count)
+    return bool(count[0])
 
 
 class Owner:
@@ -89,7 +114,10 @@ class Run:
         self._truncated = False
         self._message = ""
         self._started = time.monotonic()
+        self._build_s = 0.0
         self._ended = 0.0
+        self._before = 0  # bytes sent before the step began
+        self._reporting = False  # the program has ended, the debugger looks at what it left
         self._timer: Timer | None = None
         if not self._keep:
             system.remove_tree(self._directory)
@@ -205,33 +233,40 @@ class Run:
         if self._message:
             self._finish()
             return
-        self._timer = self._loop.after(self._spec.limits.wall, lambda: self._reach("wall"))
+        if self._keep and self._spec.report:  # of an earlier run
+            system.remove(f"{self._directory}/{_CORE}")
+        limits = self._spec.limits
+        built = len(self._spec.steps) > 1 and limits.build > 0
+        self._timer = self._loop.after(limits.build if built else limits.wall, lambda: self._reach("wall"))
         self._loop.after(_LOOK, self._watch_memory)
         self._next_step()
 
     # Processes ---------------------------------------------------------------------------------------------------------
 
     def _next_step(self) -> None:
+        self._start(self._spec.steps[self._step], last=self._step == len(self._spec.steps) - 1)
+
+    def _start(self, argv: tuple[str, ...], *, last: bool) -> None:
         try:
-            self._spawn()
+            self._spawn(argv, last=last)
         except OSError as exc:  # no process or descriptor is left for it
             self._message = f"cannot be started: {exc.strerror}"
             self._finish()
 
-    def _spawn(self) -> None:
-        argv = self._spec.steps[self._step]
-        last = self._step == len(self._spec.steps) - 1
+    def _spawn(self, argv: tuple[str, ...], *, last: bool) -> None:
+        self._before = self._sent
+        own = _own_step(argv)  # imported before the fork, so that the snapshot has it
         stdout, stdout_child = os.pipe()
         stderr, stderr_child = os.pipe()
         error, error_child = os.pipe()
-        if last and self._spec.stdin:
+        if last and self._spec.stdin and not self._reporting:
             stdin_child, self._stdin = os.pipe()
             os.set_blocking(self._stdin, False)
         else:
             stdin_child = os.open("/dev/null", os.O_RDONLY)
         pid = os.fork()
         if not pid:
-            self._become(argv, stdin_child, stdout_child, stderr_child, error_child)
+            self._become(argv, own, stdin_child, stdout_child, stderr_child, error_child)
         for fd in (stdin_child, stdout_child, stderr_child, error_child):
             os.close(fd)
         self._pid = pid
@@ -245,7 +280,9 @@ class Run:
         self.resume()
         self._feed(0)
 
-    def _become(self, argv: tuple[str, ...], stdin: int, stdout: int, stderr: int, error: int) -> NoReturn:
+    def _become(
+        self, argv: tuple[str, ...], own: OwnStep | None, stdin: int, stdout: int, stderr: int, error: int
+    ) -> NoReturn:
         """Turn this forked child into the program. Never returns."""
         what = "prepare"
         try:
@@ -255,10 +292,11 @@ class Run:
             for fd, standard in ((stdin, 0), (stdout, 1), (stderr, 2)):
                 os.dup2(fd, standard)
             limits = self._spec.limits
-            cpu = math.ceil(limits.cpu or limits.wall)
+            cpu = math.ceil(limits.build if self._building and limits.build else limits.cpu or limits.wall)
             resource.setrlimit(resource.RLIMIT_CPU, (cpu, cpu + 1))
             resource.setrlimit(resource.RLIMIT_FSIZE, (limits.file_size, limits.file_size))
-            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+            # Only a step of our own may allow its program a core file.
+            resource.setrlimit(resource.RLIMIT_CORE, (0, _CORE_MAX if own else 0))
             if self._owner.uid is not None and self._owner.gid is not None:
                 os.setgroups([])
                 os.setresgid(self._owner.gid, self._owner.gid, self._owner.gid)
@@ -268,6 +306,9 @@ class Run:
             for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them, programs expect to die of them
                 signal.signal(number, signal.SIG_DFL)
             what = argv[0]
+            if own:
+                os.closerange(3, _DESCRIPTORS)  # the host's channel among them
+                os._exit(own(argv, self._environment()))
             os.execvpe(argv[0], argv, self._environment())
         except BaseException as exc:
             text = exc.strerror if isinstance(exc, OSError) else type(exc).__name__
@@ -300,13 +341,35 @@ class Run:
         self._exec_error = -1
         if self._stage is not _Stage.RUNNING:
             return
+        if self._reporting:
+            self._finish()
+            return
         if error:
             self._message = f"cannot be started: {error.decode('utf-8', 'replace')}"
         elif os.WIFSIGNALED(status):
             self._signal = os.WTERMSIG(status)
         else:
             self._status = os.WEXITSTATUS(status)
-        self._finish()
+        if self._wants_report():
+            self._report()
+        else:
+            self._finish()
+
+    def _wants_report(self) -> bool:
+        """Tell whether the program left something to look at, and crashed or said nothing."""
+        if self._building or not self._spec.report or not os.path.isfile(f"{self._directory}/{_CORE}"):
+            return False
+        return self._signal is not None or (self._sent == self._before and not any(map(_waiting, self._outputs)))
+
+    def _report(self) -> None:
+        """Have the debugger say what it finds; the program has ended, and its time too."""
+        self._reporting = True
+        self._ended = time.monotonic()
+        self._close_stdin()
+        if self._timer:
+            self._timer.cancel()
+        self._timer = self._loop.after(REPORT_SECONDS, self._finish)
+        self._start(self._spec.report, last=True)
 
     def _watch_memory(self, times: int = 0) -> None:
         """End a run that has had no memory left at several looks in a row."""
@@ -321,7 +384,7 @@ class Run:
     def _reach(self, limit: str) -> None:
         """End the run because it reached a limit."""
         if self._stage is _Stage.RUNNING:
-            self._limit = limit
+            self._limit = None if self._reporting else limit
             self._finish()
 
     def _kill(self) -> None:
@@ -338,10 +401,12 @@ class Run:
     def _finish(self) -> None:
         """Kill what is left of a program that ended or must end, and send what it still had to say."""
         self._stage = _Stage.DRAINING
-        self._ended = time.monotonic()
+        if not self._reporting:
+            self._ended = time.monotonic()
         if self._timer:
             self._timer.cancel()
-        if not self._keep or self._limit or self._cancelled:
+        # Of a session, what a program leaves running stays; a debugger that took too long does not.
+        if not self._keep or self._limit or self._cancelled or self._pidfd >= 0:
             self._kill()
         self._close_stdin()
         self._wait_for_output()
@@ -450,7 +515,12 @@ class Run:
             self._step += 1
             self._stage = _Stage.RUNNING
             self._status = None
-            left = self._spec.limits.wall - (time.monotonic() - self._started)
+            now = time.monotonic()
+            if self._step == len(self._spec.steps) - 1 and self._spec.limits.build:
+                self._build_s = now - self._started
+                self._started = now  # the program has its own time
+            budget = self._spec.limits.build if self._building and self._spec.limits.build else self._spec.limits.wall
+            left = budget - (now - self._started)
             self._timer = self._loop.after(max(0.0, left), lambda: self._reach("wall"))
             self._next_step()
             return
@@ -532,6 +602,7 @@ class Run:
             "stage": "run" if self._step == len(self._spec.steps) - 1 else "build",
             "message": self._message,
             "wall_s": round(self._ended - self._started, 4),
+            "build_s": round(self._build_s, 4),
             "cpu_s": round(cgroup.cpu_seconds(), 4) if cgroup else None,
             "memory_peak": cgroup.memory_peak() if cgroup else None,
         }

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 from . import wire
 
+OWN = "pbotvm:"  # begins the first word of a step that is the agent's own, see source/build.py
+REPORT_SECONDS = 20.0  # that the debugger may look at what a program left
 NAME_MAX = 255  # bytes in a file name, as in ext4
 _ARGUMENT_MAX = 128 * 1024 - 1  # Linux: MAX_ARG_STRLEN
 
@@ -30,6 +32,7 @@ class Limits(NamedTuple):
     processes: int
     file_size: int  # bytes
     output: int  # bytes of both streams together
+    build: float = 0.0  # seconds for the steps before the last one; 0: they are part of `wall`
 
 
 class RunSpec(NamedTuple):
@@ -46,6 +49,12 @@ class RunSpec(NamedTuple):
     limits: Limits
     collect: tuple[str, ...]
     keep: bool = False  # of a session: its folder and what it leaves running stay for the next run
+    report: tuple[str, ...] = ()  # a step that is run when the program left a core file and crashed or said nothing
+
+    @property
+    def seconds(self) -> float:
+        """The longest time that the run may take."""
+        return self.limits.wall + self.limits.build + (REPORT_SECONDS if self.report else 0.0)
 
     def to_json(self) -> dict[str, object]:
         """Return the payload of a `run` frame."""
@@ -57,6 +66,7 @@ class RunSpec(NamedTuple):
             "limits": self.limits._asdict(),
             "collect": list(self.collect),
             "keep": self.keep,
+            "report": list(self.report),
         }
 
 
@@ -81,7 +91,9 @@ def parse(value: dict[str, object]) -> RunSpec:
             raise BadRequestError(f"env: {name[:40]!r} cannot be set")
     collect = tuple(file_name(item) for item in _list(value, "collect", wire.FILES_MAX))
     limits = _limits(value.get("limits"))
-    return RunSpec(files, steps, env, value.get("stdin") is True, limits, collect, value.get("keep") is True)
+    report = _argv(value["report"]) if value.get("report") else ()
+    keep = value.get("keep") is True
+    return RunSpec(files, steps, env, value.get("stdin") is True, limits, collect, keep, report)
 
 
 def file_name(value: object) -> str:
@@ -136,8 +148,8 @@ def _limits(value: object) -> Limits:
     if not isinstance(value, dict):
         raise BadRequestError("limits: missing")
 
-    def number(key: str, low: float, high: float) -> float:
-        found = value.get(key)
+    def number(key: str, low: float, high: float, default: object = None) -> float:
+        found = value.get(key, default)
         if not isinstance(found, int | float) or isinstance(found, bool):
             raise BadRequestError(f"limits: {key} is not a number")
         if not low <= found <= high:  # which is true of NaN and infinity too
@@ -151,4 +163,5 @@ def _limits(value: object) -> Limits:
         processes=int(number("processes", 1, 1 << 22)),
         file_size=int(number("file_size", 0, 1 << 60)),
         output=int(number("output", 0, 1 << 60)),
+        build=number("build", 0, 86400, 0),
     )

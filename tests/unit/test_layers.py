@@ -25,6 +25,7 @@ ROWS = (
     {"sessions", "snapshots", "relay", "ports"},
     {"control"},
     {"keeper"},
+    {"trial"},
     {"commands", "creation", "running"},
     {"bench", "doctor", "plot", "api"},
     {"cli"},

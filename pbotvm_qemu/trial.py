@@ -1,0 +1,188 @@
+"""Shows that a language works in a real guest: the samples that warm a machine up, and the rows of `languages test`."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from pbotvm_qemu import keeper, request, state
+from pbotvm_qemu.config import Limits
+from pbotvm_qemu.errors import GuestError
+from pbotvm_qemu.languages import ROWS
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Sequence
+
+    from pbotvm_qemu.channel import OnOutput, Outcome, Stream
+    from pbotvm_qemu.config import Config
+    from pbotvm_qemu.guest.spec import RunSpec
+    from pbotvm_qemu.languages import Language, Row
+
+_WARM_LIMITS = Limits(wall=120.0)  # the first run of a compiler under emulation takes its time
+_LIMITS = Limits(wall=60.0)
+_SHORT = 3.0  # seconds that a program without end gets
+_KEPT = 1 << 16  # bytes of output that are looked at
+_SAID = 300  # characters of it that are shown
+
+TEXT = "héllo wörld – 日本語 🐎\n"
+LINES = "first line\nsecond line, with blanks  and 'quotes'\n"
+ARGUMENTS = ("a b", "it's", '"quoted"', "c")
+STATUS = 3
+
+
+class Execute(Protocol):
+    """Runs a program, as VirtualMachine.execute does."""
+
+    async def __call__(
+        self, spec: RunSpec, content: Sequence[bytes], *, on_output: OnOutput, stdin: AsyncIterator[bytes] | None = None
+    ) -> Outcome:
+        """Return how it ended."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Result:
+    """What one row showed. `detail` says why it failed, or why the language cannot do it."""
+
+    row: Row
+    verdict: Literal["ok", "fail", "cannot"]
+    seconds: float
+    detail: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Report:
+    """All rows of one language; and how long hello world took the first two times after a restore, in seconds."""
+
+    language: str
+    results: tuple[Result, ...]
+    first_s: float
+    second_s: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing failed."""
+        return all(result.verdict != "fail" for result in self.results)
+
+
+async def warm(execute: Execute, language: Language) -> None:
+    """Run the sample of `language`, twice so that nothing is left to load; and its program for that purpose.
+
+    Raises GuestError when the sample prints the wrong thing.
+    """
+    for code in (language.sample_code, language.sample_code, *filter(None, [language.warm])):
+        outcome, printed = await _run(execute, language, request.Request(code=code), _WARM_LIMITS)
+        if code == language.sample_code and (outcome.exit_code or printed != language.sample_output):
+            raise GuestError(
+                f"language {language.name} does not work in this guest: exit status {outcome.exit_code}, "
+                f"{outcome.message or _short(printed) or 'no output'}",
+                hint=language.absent or "create the machine without it, see --languages",
+            )
+
+
+async def examine(
+    config: Config, wanted: Sequence[Language], on_result: Callable[[str, Result], None]
+) -> list[Report]:
+    """Run every row of the wanted languages in machine `config.machine.name`, each language on a clean start of it.
+
+    Raises StateError when the machine is in use; `on_result` is told of every row as it ends.
+    """
+    record = state.ready(config.machine.name)
+    way = keeper.choose(record, config)
+    reports = []
+    lock = state.lock(record.name, purpose="languages test") if way.single else state.share(record.name)
+    async with lock:
+        for language in wanted:
+            vm = await way.start()
+            try:
+                reports.append(await _examine(vm.execute, language, on_result))
+            finally:
+                await vm.stop()
+    return reports
+
+
+async def _examine(execute: Execute, language: Language, on_result: Callable[[str, Result], None]) -> Report:
+    times = []
+    for _ in range(2):
+        begin = time.monotonic()
+        await _run(execute, language, request.Request(code=language.sample_code), _LIMITS)
+        times.append(round(time.monotonic() - begin, 3))
+    results = []
+    for row in ROWS:
+        results.append(await try_row(execute, language, row))
+        on_result(language.name, results[-1])
+    return Report(language.name, tuple(results), times[0], times[1])
+
+
+async def try_row(execute: Execute, language: Language, row: Row) -> Result:
+    """Return what row `row` shows of `language`."""
+    if row in language.tests.cannot:
+        return Result(row, "cannot", 0.0, language.tests.cannot[row])
+    code = language.sample_code if row == "hello" else language.tests.programs.get(row)
+    if code is None:
+        return Result(row, "cannot", 0.0, "its file has no program for this")
+    wanted = request.Request(
+        code=code,
+        arguments=ARGUMENTS if row == "arguments" else (),
+        stdin=LINES if row == "stdin" else TEXT if row == "utf8" else None,
+    )
+    begin = time.monotonic()
+    outcome, printed = await _run(execute, language, wanted, Limits(wall=_SHORT) if row == "timeout" else _LIMITS)
+    seconds = round(time.monotonic() - begin, 3)
+    problem = _judge(language, row, outcome, printed)
+    return Result(row, "fail" if problem else "ok", seconds, problem)
+
+
+def _judge(language: Language, row: Row, outcome: Outcome, printed: str) -> str:
+    """Return what is wrong with how a row's program ended; empty when nothing is."""
+    expected = {"hello": language.sample_output, "stdin": LINES, "arguments": "\n".join(ARGUMENTS) + "\n", "utf8": TEXT}
+    said = f"exit status {outcome.exit_code}, {outcome.message or _short(printed) or 'no output'}"
+    if row == "timeout":
+        return "" if outcome.timed_out and outcome.stage == "run" else f"it was not ended by its time: {said}"
+    if row == "status":
+        return "" if outcome.exit_code == STATUS else f"not status {STATUS}: {said}"
+    if row == "error":
+        return "" if language.tests.error_says in printed and printed.strip() else f"the error is not told: {said}"
+    return "" if printed == expected[row] and not outcome.exit_code else f"wrong output: {said}"
+
+
+async def _run(execute: Execute, language: Language, wanted: request.Request, limits: Limits) -> tuple[Outcome, str]:
+    """Return how a program ended, and what it printed."""
+    has_input = wanted.stdin is not None
+    spec, content = request.render(wanted, language, limits, stdin=has_input)
+    printed = bytearray()
+
+    async def keep(_stream: Stream, data: bytes) -> None:
+        printed.extend(data[: _KEPT - len(printed)])
+
+    feed = request.once((wanted.stdin or "").encode()) if has_input else None
+    outcome = await execute(spec, content, on_output=keep, stdin=feed)
+    return outcome, printed.decode("utf-8", "replace")
+
+
+def _short(text: str) -> str:
+    return " | ".join(text.strip().splitlines())[:_SAID]
+
+
+def table(reports: Sequence[Report]) -> list[str]:
+    """Return the table of `reports` in Markdown, and why some languages cannot do some things."""
+    marks = {"ok": "ok", "fail": "**fails**", "cannot": "-"}
+    lines = [
+        f"| language | {' | '.join(ROWS)} | first run | second run |",
+        f"|---|{'---|' * (len(ROWS) + 2)}",
+        *(
+            f"| `{report.language}` | {' | '.join(marks[result.verdict] for result in report.results)} "
+            f"| {report.first_s:.2f} s | {report.second_s:.2f} s |"
+            for report in reports
+        ),
+    ]
+    remarks = [
+        f"- `{report.language}`, {result.row}: {result.detail}"
+        for report in reports
+        for result in report.results
+        if result.verdict != "ok"
+    ]
+    return [*lines, *(["", *remarks] if remarks else [])]
+
+
+__all__ = ["ARGUMENTS", "LINES", "TEXT", "Report", "Result", "examine", "table", "try_row", "warm"]

@@ -433,7 +433,7 @@ def write_initramfs(image: Image, target: Path) -> str:
     """
     agent = [("agent/start", 0o755, (paths.recipes() / "initramfs/start").read_bytes())]
     package = paths.guest_package()
-    sources = sorted(path for path in package.rglob("*") if path.suffix in (".py", ".h"))
+    sources = sorted(path for path in package.rglob("*") if path.suffix in (".py", ".h", ".ts"))
     agent += [(f"agent/guest/{path.relative_to(package)}", 0o644, path.read_bytes()) for path in sources]
     data = image.boot.read_bytes() + cpio(agent)
     temporary = target.with_suffix(".tmp")

@@ -205,7 +205,8 @@ def render(
     `code` replaces the request's text where the caller has bytes; `files` are put beside the program. With `chat`,
     what a compiler says is made short. Raises UsageError when something is too large or cannot be passed on.
     """
-    program = (request.code.encode("utf-8", "surrogateescape") if code is None else code) + language.suffix.encode()
+    program = request.code.encode("utf-8", "surrogateescape") if code is None else code
+    program = language.prefix.encode() + program + language.suffix.encode()
     if not program.endswith(b"\n"):
         program += b"\n"
     if len(program) > CODE_MAX:

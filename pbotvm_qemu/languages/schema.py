@@ -61,7 +61,7 @@ _TABLES: Mapping[str, frozenset[str] | None] = {  # None: any key
 }
 _KEYS = frozenset(
     {"description", "like", "aliases", "absent", "source", "program", "prepare", "headers", "defines", "build", "run",
-     "options", "replaced-by", "suffix", "warm", *_TABLES}
+     "options", "replaced-by", "prefix", "suffix", "warm", *_TABLES}
 )  # fmt: skip
 _BUILD_MAX = 3600.0
 
@@ -92,6 +92,7 @@ class Language:
     run: tuple[str, ...]
     options: tuple[str, ...]
     replaced_by: tuple[str, ...]  # patterns of a caller's options that take the place of `options`
+    prefix: str  # put in front of every program
     suffix: str  # appended to every program
     warm: str  # a program that `create` runs beside the sample
     env: Mapping[str, str]
@@ -256,6 +257,7 @@ def parse(source: Source) -> Language:
         run=reader.words("run"),
         options=reader.words("options"),
         replaced_by=reader.words("replaced-by", ("*",)),
+        prefix=reader.text("prefix", ""),
         suffix=reader.text("suffix", ""),
         warm=reader.text("warm", ""),
         env=reader.table("env").texts(),

@@ -217,7 +217,7 @@ def report(program: str) -> int:
     """Have gdb read the core file of a program that crashed, or that ended without a word."""
     gdb = _debugger("report")
     try:
-        os.execvp(gdb[0], [*gdb, "-ex", "python debugger.report()", program, CORE])
+        os.execvp(gdb[0], [*gdb, "-ex", f"python debugger.report({program!r}, {CORE!r})"])
     except OSError as exc:
         os.write(2, f"gdb cannot be started: {exc.strerror}\n".encode())
     return 126

@@ -22,6 +22,7 @@ OURS = "pbotvm"  # the folder of lines of our own making
 SIZE_MAX = 1 << 20  # characters; a longer text is compiled as it stands
 COMMANDS = ("dump", "print", "ptype", "whatis", "trace", "watch")  # of prelude.h; `gdb` is a function
 
+_INCLUDES_MAX = 64  # that a caller can ask for in his text
 _PARTS_MAX = 100  # statements of one line that are told apart
 _BREAKS_MAX = 2000  # of one program
 _COLUMNS_MAX = 500  # up to which columns stay right
@@ -78,6 +79,8 @@ def _take_flags(text: str, options: Options) -> tuple[str, Options]:
         begin, end = tokens.start[index], tokens.end[index + 1]
         name = tokens[index + 1]
         if tokens[index] != "-" or begin < kept or name not in ("nomain", "noheaders", "include"):
+            continue
+        if name == "include" and len(options.includes) >= _INCLUDES_MAX:
             continue
         alone = (not begin or text[begin - 1].isspace()) and (end == len(text) or text[end].isspace())
         if not alone or tokens.start[index + 1] != begin + 1:
@@ -396,7 +399,7 @@ class _Writer:
         end = last - 1 if tokens[last - 1] == ";" else last
         at = end - 1
         while at >= pieces[-1].first and tokens[at] not in (";", "{", "}"):
-            at -= 1
+            at = tokens.match[at] - 1 if tokens[at] in (")", "]") and tokens.match[at] >= 0 else at - 1
         first = at + 1
         if first >= end or (at >= pieces[-1].first and tokens[at] != ";"):
             return None

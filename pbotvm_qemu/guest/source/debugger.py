@@ -69,9 +69,11 @@ def shown(value: Any) -> str:
 # The report on a core file -------------------------------------------------------------------------------------------
 
 
-def report() -> None:
-    """Say why the program of the loaded core file ended, or what its variables were when it ended without a word."""
+def report(program: str, core: str) -> None:
+    """Say why `program` ended, or what its variables were when it ended without a word, from the core file it left."""
     facts = prepare()
+    gdb.execute(f"file {program}", to_string=True)
+    gdb.execute(f"core-file {core}", to_string=True)
     frames = list(_frames())
     for number, frame in enumerate(frames):
         if frame.name() in _HOOKS and number + 1 < len(frames):

@@ -178,9 +178,11 @@ class _Reader:
         at = close + 1
         while at < min(close + _OLD_STYLE_MAX, len(tokens)):
             mark = tokens[at]
-            if mark == "{":
-                return at if tokens[at - 1] == ";" else -1
-            if mark in ("(", "[") and tokens.match[at] > at:
+            if mark == "{" and tokens[at - 1] == ";":
+                return at
+            if mark == "(" and tokens[at + 1] != "*" and tokens[at - 1] != ")":  # no declaration of a parameter, but a call
+                return -1
+            if mark in ("(", "[", "{") and tokens.match[at] > at:
                 at = tokens.match[at]
             elif not tokens.is_word(at) and mark not in ("*", ",", ";"):
                 return -1

@@ -110,7 +110,7 @@ class Tokens:
         """Return for each bracket the index of its partner, -1 for none; an open brace without one ends with the text."""
         match = array("i", bytes(4 * len(self.kind)))
         stack: list[tuple[str, int]] = []
-        braces = 0  # in the stack: whether it is worth a look
+        waiting = dict.fromkeys(_CLOSE, 0)  # how many in the stack wait for each: whether it is worth a look
         for index in range(len(self.kind)):
             match[index] = -1
             if self.kind[index] != MARK:
@@ -118,17 +118,15 @@ class Tokens:
             mark = self[index]
             if mark in _OPEN:
                 stack.append((mark, index))
-                braces += mark == "{"
-            elif mark in _CLOSE:
-                if mark == "}":  # it closes the last open brace, whatever was left open in between
-                    if not braces:
-                        continue
-                    while stack[-1][0] != "{":
-                        stack.pop()
-                    braces -= 1
-                if stack and _OPEN[stack[-1][0]] == mark:
-                    _mark, partner = stack.pop()
-                    match[partner], match[index] = index, partner
+                waiting[_OPEN[mark]] += 1
+            elif mark in _CLOSE and waiting[mark]:
+                # It closes the last one of its kind, whatever was left open in between: text for a macro, or a mistake.
+                opened, partner = stack.pop()
+                while _OPEN[opened] != mark:
+                    waiting[_OPEN[opened]] -= 1
+                    opened, partner = stack.pop()
+                waiting[mark] -= 1
+                match[partner], match[index] = index, partner
         for mark, index in stack:
             if mark == "{":
                 match[index] = len(self.kind)

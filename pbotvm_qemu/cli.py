@@ -556,7 +556,9 @@ def try_languages(
     wanted = commands.installed_languages(config.machine.name, ",".join(names or []))
     reports = _run(
         trial.examine(
-            config, wanted, lambda name, result: _say(f"{name}, {result.row}: {result.verdict} {result.detail}".rstrip())
+            config,
+            wanted,
+            lambda name, result: _say(f"{name}, {result.row}: {result.verdict} {result.detail}".rstrip()),
         )
     )
     if as_json:

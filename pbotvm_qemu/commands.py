@@ -211,7 +211,10 @@ def _why_not(language: Language, name: str | None, installed: Sequence[str] | No
 def language(name: str) -> dict[str, object]:
     """Return all that is known of the language called `name`. Raises UnknownLanguageError when there is none."""
     found = asdict(Registry.load(paths.user_languages()).find(name))
-    found["tests"] = {**found["tests"]["programs"], **{row: f"none: {why}" for row, why in found["tests"]["cannot"].items()}}
+    found["tests"] = {
+        **found["tests"]["programs"],
+        **{row: f"none: {why}" for row, why in found["tests"]["cannot"].items()},
+    }
     return found
 
 

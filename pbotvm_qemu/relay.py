@@ -144,7 +144,7 @@ class Relay:
             found = self._registry.find(request.language, self._installed)
             language = found.name
             stdin = request.stdin
-            spec, content = requests.render(request, found, self._limits, stdin=stdin is not None)
+            spec, content = requests.render(request, found, self._limits, stdin=stdin is not None, chat=True)
             feed = (
                 requests.once((stdin or "").encode("utf-8", "surrogateescape") + b"\n") if stdin is not None else None
             )

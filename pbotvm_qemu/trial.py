@@ -80,9 +80,7 @@ async def warm(execute: Execute, language: Language) -> None:
             )
 
 
-async def examine(
-    config: Config, wanted: Sequence[Language], on_result: Callable[[str, Result], None]
-) -> list[Report]:
+async def examine(config: Config, wanted: Sequence[Language], on_result: Callable[[str, Result], None]) -> list[Report]:
     """Run every row of the wanted languages in machine `config.machine.name`, each language on a clean start of it.
 
     Raises StateError when the machine is in use; `on_result` is told of every row as it ends.

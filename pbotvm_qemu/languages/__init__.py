@@ -19,7 +19,22 @@ __all__ = ["ROWS", "SETS", "Language", "Registry", "Row"]
 _CORE = ("bash", "bc", "c11", "lua", "perl", "python", "python3", "sh", "tcl")
 SETS: Mapping[str, tuple[str, ...]] = {
     "core": _CORE,
-    "popular": (*_CORE, "awk", "c++", "c2x", "c89", "c99", "go", "java", "javascript", "php", "ruby", "rust", "sql", "zsh"),
+    "popular": (
+        *_CORE,
+        "awk",
+        "c++",
+        "c2x",
+        "c89",
+        "c99",
+        "go",
+        "java",
+        "javascript",
+        "php",
+        "ruby",
+        "rust",
+        "sql",
+        "zsh",
+    ),
 }
 
 _FILE_MAX = 1 << 20  # bytes of one language file

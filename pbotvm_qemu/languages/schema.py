@@ -183,7 +183,7 @@ class Source:
         try:
             return cls(name, where, text, tomllib.loads(text))
         except tomllib.TOMLDecodeError as exc:
-            message, line = _split_position(str(exc))
+            message, line = _split_position(str(exc), text)
             raise ConfigError(f"{where}{line}: {message[:200]}", hint="fix the file; it is TOML") from exc
         except RecursionError as exc:
             raise ConfigError(f"{where}: it is nested too deeply", hint="fix the file; it is TOML") from exc
@@ -203,12 +203,12 @@ class Source:
         return Source(self.name, self.where, self.text, table)
 
 
-def _split_position(message: str) -> tuple[str, str]:
+def _split_position(message: str, text: str) -> tuple[str, str]:
     """Return tomllib's message without its position, and `:LINE`."""
     found = re.fullmatch(r"(.*) \(at (?:line (\d+), column \d+|end of document)\)", message, re.DOTALL)
     if not found:
         return message, ""
-    return found[1], f":{found[2]}" if found[2] else ""
+    return found[1], f":{found[2] or len(text.splitlines()) or 1}"
 
 
 def _line_of(text: str, path: str) -> int | None:
@@ -294,16 +294,24 @@ def _check(language: Language, source: Source) -> None:
     for key, step in (("build", language.build), ("run", language.run)):
         for word in step:
             _check_word(word, key, source)
+    _check_tables(language, source)
+
+
+def _check_tables(language: Language, source: Source) -> None:
     for distribution, packages in language.packages.items():
         for package in packages:
             if not _PACKAGE.fullmatch(package):
                 raise source.error(
-                    f"{package!r} cannot name a package", f"packages.{distribution}", hint="write the package's plain name"
+                    f"{package!r} cannot name a package",
+                    f"packages.{distribution}",
+                    hint="write the package's plain name",
                 )
     for row in language.tests.cannot:
         if row not in ROWS or row in language.tests.programs:
             raise source.error(
-                f"tests.cannot: {row!r} is no test, or one that has a program", "tests.cannot", hint=f"tests: {', '.join(ROWS)}"
+                f"tests.cannot: {row!r} is no test, or one that has a program",
+                "tests.cannot",
+                hint=f"tests: {', '.join(ROWS)}",
             )
 
 
@@ -350,7 +358,9 @@ class _Reader:
     def number(self, key: str, default: float, low: float, high: float) -> float:
         value = self.values.get(key, default)
         if not isinstance(value, int | float) or isinstance(value, bool) or not low <= value <= high:
-            raise self._error(f"{key} must be a number from {low:g} to {high:g}", key, hint=f"write {key} = {default:g}")
+            raise self._error(
+                f"{key} must be a number from {low:g} to {high:g}", key, hint=f"write {key} = {default:g}"
+            )
         return value
 
     def table(self, key: str) -> _Reader:

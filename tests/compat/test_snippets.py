@@ -24,7 +24,11 @@ PRELUDE = Path(c.__file__).parent
 HEADERS = "".join(f"#define {define}\n" for define in C11.defines) + "".join(f"#include <{h}>\n" for h in C11.headers)
 LINES = [
     line
-    for line in Path(__file__).with_name("snippets.txt").read_text("utf-8").replace("\\\n", "\\\N{SYMBOL FOR NEWLINE}").splitlines()
+    for line in Path(__file__)
+    .with_name("snippets.txt")
+    .read_text("utf-8")
+    .replace("\\\n", "\\\N{SYMBOL FOR NEWLINE}")
+    .splitlines()
     if line and not re.match(r"# |#$", line)
 ]
 

@@ -6,6 +6,7 @@ The agent forks and calls `main`; so there is no start of another Python, which 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -36,7 +37,7 @@ def main(argv: Sequence[str], environment: dict[str, str]) -> int:
     os.environ.update(environment)
     try:
         return _step(argv)
-    except Exception as exc:  # noqa: BLE001 - whoever waits must learn why nothing came of it
+    except Exception as exc:  # whoever waits must learn why nothing came of it
         os.write(2, f"{argv[0]} failed: {type(exc).__name__}: {exc}\n".encode("utf-8", "replace")[:_SAID_MAX])
         return 126
 
@@ -71,7 +72,7 @@ def build(wanted: dict[str, object], compiler: Sequence[str]) -> int:
         file=source,
         headers=() if "-noheaders" in flags else headers,
         defines=() if "-noheaders" in flags else tuple(str(name) for name in wanted.get("defines", ())),  # type: ignore[attr-defined]
-        includes=tuple(value for flag, value in zip(flags, flags[1:], strict=False) if flag == "-include"),
+        includes=tuple(value for flag, value in itertools.pairwise(flags) if flag == "-include"),
         main="-nomain" not in flags,
         prelude="-noheaders" not in flags,
     )
@@ -105,7 +106,9 @@ def _build_java(prepared: java.Prepared, compiler: Sequence[str], *, chat: bool)
         file.write(f"{prepared.main}\n")
     status, said = _compile([prepared.file if word == prepared.source else word for word in compiler])
     place = re.compile(re.escape(prepared.file) + r":(\d+):")
-    lines = [place.sub(lambda found: f"{prepared.file}:{max(1, int(found[1]) - prepared.offset)}:", line) for line in said]
+    lines = [
+        place.sub(lambda found: f"{prepared.file}:{max(1, int(found[1]) - prepared.offset)}:", line) for line in said
+    ]
     _tell(_for_chat(lines, prepared.file) if chat else lines, bracketed=chat and not status)
     return status
 

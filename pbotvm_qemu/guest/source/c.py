@@ -35,7 +35,9 @@ _LOUD = re.compile(
     r".*scanf|fgets|memset|.*printf|.*puts|while|for|do|if|switch|ptype|dump|print|trace|watch|gdb|assert|main|return|exec.*|"
     r"exit|_exit|abort|throw|delete|co_.*|break|continue|goto|else|try|catch|asm|__asm__|cout|cerr|clog|raise|signal"
 )
-_KNOWN_TYPES = frozenset({"FILE", "va_list", "string", "vector", "div_t", "ldiv_t", "lldiv_t", "jmp_buf", "time_t", "complex"})
+_KNOWN_TYPES = frozenset(
+    {"FILE", "va_list", "string", "vector", "div_t", "ldiv_t", "lldiv_t", "jmp_buf", "time_t", "complex"}
+)
 
 
 class Options(NamedTuple):
@@ -92,9 +94,11 @@ def _take_flags(text: str, options: Options) -> tuple[str, Options]:
             end = value.end()
             options = options._replace(includes=(*options.includes, value[1].strip('<>"')))
         else:
-            options = options._replace(**{"main" if name == "nomain" else "prelude": False})
-        if name == "noheaders":
-            options = options._replace(headers=(), defines=())
+            options = (
+                options._replace(main=False)
+                if name == "nomain"
+                else options._replace(prelude=False, headers=(), defines=())
+            )
         pieces += [text[kept:begin], " " * (end - begin)]
         kept = end
     return "".join([*pieces, text[kept:]]), options
@@ -341,7 +345,8 @@ class _Writer:
         begin = self._tokens.start[first]
         end = min(self._tokens.end[last - 1], begin + 2 * _STATEMENT_MAX)
         said = " ".join(self._text[begin:end].split())
-        said += ";" if self._tokens[last] == ";" or last == len(self._tokens) and said[-1:] not in (";", "}") else ""
+        at_end = last == len(self._tokens) and said[-1:] not in (";", "}")
+        said += ";" if self._tokens[last] == ";" or at_end else ""
         self._statements.setdefault(f"{self._part}:{self._line}", said[:_STATEMENT_MAX])
 
     def _place(self, first: int, *, always: bool = False) -> None:
@@ -418,10 +423,22 @@ class _Writer:
             words = words or word or tokens.kind[at] == NUMBER or mark[:1] in "\"'"
             if word and _LOUD.fullmatch(mark):
                 return False
-            if mark in ("=", "?:", "#") or (len(mark) in (2, 3) and mark[-1] == "=" and mark not in ("==", "!=", "<=", ">=")):
+            if mark in ("=", "?:", "#") or (
+                len(mark) in (2, 3) and mark[-1] == "=" and mark not in ("==", "!=", "<=", ">=")
+            ):
                 return False
             beside = word and tokens.is_word(at + 1) and at + 1 < end
-            if beside and mark not in ("sizeof", "struct", "union", "enum", "unsigned", "signed", "long", "short", "const"):
+            if beside and mark not in (
+                "sizeof",
+                "struct",
+                "union",
+                "enum",
+                "unsigned",
+                "signed",
+                "long",
+                "short",
+                "const",
+            ):
                 return False
         pointer = tokens.is_word(first) and tokens[first + 1] == "*" and tokens.is_word(first + 2)
         known = tokens[first] in _KNOWN_TYPES or tokens[first].endswith("_t")
@@ -456,10 +473,16 @@ class _Writer:
         """Tell whether the tokens only name something: `a`, `a[1]`, `p->x`, `*p`."""
         tokens = self._tokens
         allowed = all(
-            tokens.is_word(at) or tokens.kind[at] == NUMBER or tokens[at] in (".", "->", "[", "]", "*") for at in range(first, end)
+            tokens.is_word(at) or tokens.kind[at] == NUMBER or tokens[at] in (".", "->", "[", "]", "*")
+            for at in range(first, end)
         )
         stars = [at for at in range(first, end) if tokens[at] == "*"]
-        return allowed and tokens[first] != "sizeof" and tokens.kind[first] != NUMBER and stars == list(range(first, first + len(stars)))
+        return (
+            allowed
+            and tokens[first] != "sizeof"
+            and tokens.kind[first] != NUMBER
+            and stars == list(range(first, first + len(stars)))
+        )
 
     def _warning(self) -> str:
         """Return what to tell somebody who forgot to end a directive."""
@@ -470,9 +493,7 @@ class _Writer:
         said = self._text[begin:end]
         if end < len(self._text) or _INCLUDE.match(said, 1) or not re.search(r"[;{}]", said):
             return ""
-        return (
-            "warning: preprocessor directive not terminated by \\n, the remainder of the line will be part of this directive"
-        )
+        return "warning: preprocessor directive not terminated by \\n, the remainder of the line will be part of this directive"
 
 
 __all__ = ["BLOCK", "COMMANDS", "DECLARATION", "OURS", "Options", "Prepared", "prepare"]

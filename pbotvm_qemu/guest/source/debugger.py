@@ -12,7 +12,7 @@ import resource
 import signal
 from typing import TYPE_CHECKING, Any
 
-import gdb  # type: ignore[import-not-found]
+import gdb  # type: ignore[import-untyped]
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -269,7 +269,9 @@ def run() -> None:
             name = frame.name()
             if stop.is_valid() and name == "gdb" and frame.older() is not None:
                 _obey(frame)
-            elif name is not None and any(item.location == name for item in gdb.breakpoints() or () if isinstance(item, Trace)):
+            elif name is not None and any(
+                item.location == name for item in gdb.breakpoints() or () if isinstance(item, Trace)
+            ):
                 _enter(frame, facts)
             gdb.execute("continue", to_string=True)
     except gdb.error as exc:

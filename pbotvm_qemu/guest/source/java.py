@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 SIZE_MAX = 1 << 20
 _CLASS = "prog"
 _TYPES = frozenset({"class", "interface", "enum", "record"})
-_MODIFIERS = frozenset("public private protected static final abstract sealed strictfp synchronized native default".split())
+_MODIFIERS = frozenset(
+    "public private protected static final abstract sealed strictfp synchronized native default".split()
+)
 _CONTROL = frozenset("if for while switch do else return try catch finally synchronized new throw".split())
 _IMPORT, _TYPE, _METHOD, _STATEMENT = range(4)
 
@@ -88,7 +90,11 @@ def _piece(tokens: Tokens, first: int) -> tuple[int, int]:
             last = min(close + 1, len(tokens))
             if method:
                 return _METHOD, last
-            more = tokens[last] in ("else", "catch", "finally", "while") if control else assigned or tokens[last] in (";", ".", ")")
+            more = (
+                tokens[last] in ("else", "catch", "finally", "while")
+                if control
+                else assigned or tokens[last] in (";", ".", ")")
+            )
             if not more:
                 return _STATEMENT, last
             at = last
@@ -144,7 +150,8 @@ def _wrap(tokens: Tokens, parts: Sequence[tuple[int, int, int]], head: str) -> s
     """Return a class with everything in it."""
     out = _Writer(tokens)
     has_main = any(
-        kind == _METHOD and any(tokens[at] == "main" for at in range(first, min(first + 8, last))) for kind, first, last in parts
+        kind == _METHOD and any(tokens[at] == "main" for at in range(first, min(first + 8, last)))
+        for kind, first, last in parts
     )
     out.put(head)
     for kind, first, last in parts:

@@ -12,7 +12,9 @@ if TYPE_CHECKING:
 
 FUNCTION, BLOCK, TYPE, DECLARATION, STATEMENT = range(5)
 
-_CONTROL = frozenset("if for while switch do else return goto break continue case default try catch throw delete".split())
+_CONTROL = frozenset(
+    "if for while switch do else return goto break continue case default try catch throw delete".split()
+)
 _NOT_A_NAME = frozenset(
     "if for while switch do else return sizeof alignof _Alignof __alignof__ typeof __typeof__ typeof_unqual decltype catch "
     "__attribute__ __attribute __declspec alignas _Alignas _Static_assert static_assert asm __asm__ __asm noexcept throw "
@@ -180,7 +182,9 @@ class _Reader:
             mark = tokens[at]
             if mark == "{" and tokens[at - 1] == ";":
                 return at
-            if mark == "(" and tokens[at + 1] != "*" and tokens[at - 1] != ")":  # no declaration of a parameter, but a call
+            if (
+                mark == "(" and tokens[at + 1] != "*" and tokens[at - 1] != ")"
+            ):  # no declaration of a parameter, but a call
                 return -1
             if mark in ("(", "[", "{") and tokens.match[at] > at:
                 at = tokens.match[at]
@@ -205,7 +209,9 @@ class _Reader:
         if assigned or before in ("=", "return", ",") or tokens[first] == "typedef":
             return True
         types = any(tokens[index] in _TYPES for index in range(first, min(at, first + 12)))
-        return types or (self._cpp and (tokens.is_word(at - 1) or before in (">", "]"))) or tokens[last] in (";", ",", ".")
+        return (
+            types or (self._cpp and (tokens.is_word(at - 1) or before in (">", "]"))) or tokens[last] in (";", ",", ".")
+        )
 
     def _is_block(self, first: int, at: int) -> bool:
         tokens = self._tokens

@@ -37,7 +37,18 @@ _KIND = {"newline": NEWLINE, "blank": BLANK, "line": COMMENT, "literal": LITERAL
          "escaped": ESCAPED, "mark": MARK, "other": MARK}  # fmt: skip
 
 # Other spellings of the same: digraphs and trigraphs.
-_SAME = {"<%": "{", "??<": "{", "%>": "}", "??>": "}", "<:": "[", "??(": "[", ":>": "]", "??)": "]", "%:": "#", "??=": "#"}
+_SAME = {
+    "<%": "{",
+    "??<": "{",
+    "%>": "}",
+    "??>": "}",
+    "<:": "[",
+    "??(": "[",
+    ":>": "]",
+    "??)": "]",
+    "%:": "#",
+    "??=": "#",
+}
 _OPEN = {"(": ")", "[": "]", "{": "}"}
 _CLOSE = {")", "]", "}"}
 
@@ -137,9 +148,7 @@ _INCLUDE_MAX = 300
 _INCLUDE = re.compile(r"""(?:\#|%:|\?\?=)[ \t]*+include(?:_next)?[ \t]*+(?:<[^>\n]*+>|"[^"\n]*+")""")
 
 
-def scan(
-    text: str, *, java: bool = False, pattern: re.Pattern[str] = _TOKEN
-) -> Iterator[tuple[int, int, int]]:
+def scan(text: str, *, java: bool = False, pattern: re.Pattern[str] = _TOKEN) -> Iterator[tuple[int, int, int]]:
     """Yield kind, begin and end of every token of `text`, blanks included; together they are the whole text."""
     position = 0
     size = len(text)

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
-import re2
+import re2  # type: ignore[import-untyped]
 
 from pbotvm_qemu import paths
 from pbotvm_qemu.errors import HostError, UsageError
@@ -171,13 +171,12 @@ class _Buffer:
 
     def save(self) -> None:
         """Write the entries, as many of the newest as may be kept."""
-        data, kept = bytearray(), 0
+        data = bytearray()
         for entry in self._entries[:ENTRIES_MAX]:
             line = json.dumps({"code": entry}, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
-            if kept and len(data) + len(line) > FILE_MAX:
+            if len(data) + len(line) > FILE_MAX:
                 break
             data += line
-            kept += 1
         temporary = self._path.with_suffix(".new")
         temporary.write_bytes(data)
         temporary.replace(self._path)

@@ -148,6 +148,8 @@ class _Reader:
             return before if operator and fits else -1
         if tokens[before] in _NOT_A_NAME:
             return known
+        if tokens[before] == "operator":  # operator()
+            return before
         if tokens[before] in DECLARING and following == "(":  # int (*f(int a))(int) {
             return self._name_within(opening, close)
         if before == first and self._macros.get(tokens[first]):  # a loop that a macro makes
@@ -229,7 +231,7 @@ class _Reader:
         word = tokens[first]
         if word in _OUTSIDE_ONLY and self._cpp:
             return BLOCK
-        if word in _TYPES and tokens[end - 1] == "}":
+        if word in _TYPES and tokens[end - 1] == "}" and tokens[tokens.match[end - 1] - 1] != "=":
             return TYPE
         return STATEMENT if self._executes(first) else DECLARATION
 

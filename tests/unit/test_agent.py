@@ -39,6 +39,7 @@ import os, sys
 sys.path.insert(0, sys.argv.pop(1))
 uid = int(sys.argv.pop(1))
 from guest.agent import main
+import guest.source.build  # while the standard library can still be read
 if os.geteuid() == 0:
     os.setgroups([])
     os.setresgid(uid, uid, uid)
@@ -144,14 +145,17 @@ def wants(  # what a test leaves out does not matter to it
     cpu: float = 0,
     file_size: int = 1 << 30,
     output: int = 64 << 20,
+    build: float = 0,
+    report: tuple[str, ...] = (),
 ) -> spec.RunSpec:
     return spec.RunSpec(
         files=tuple(spec.File(name, len(data)) for name, data in (files or {}).items()),
         steps=tuple(tuple(step) for step in steps),
         env={},
         stdin=stdin,
-        limits=spec.Limits(wall=wall, cpu=cpu, memory=0, processes=64, file_size=file_size, output=output),
+        limits=spec.Limits(wall=wall, cpu=cpu, memory=0, processes=64, file_size=file_size, output=output, build=build),
         collect=collect,
+        report=report,
     )
 
 
@@ -352,6 +356,75 @@ async def test_build_goes_before_the_program_which_gets_the_input(channel: Chann
 async def test_wall_limit_counts_all_steps_together(channel: Channel) -> None:
     outcome, _ = await execute(channel, wants(sh("sleep 0.3"), sh("sleep 30"), wall=0.6))
     assert (outcome.limit, outcome.stage) == ("wall", "run")
+
+
+async def test_a_build_can_have_time_of_its_own(channel: Channel) -> None:
+    outcome, _ = await execute(channel, wants(sh("sleep 0.8"), sh("sleep 0.1"), wall=0.6, build=30))
+    assert (outcome.limit, outcome.status) == (None, 0)
+    assert outcome.wall_s < 0.6 < outcome.build_s
+    slow, _ = await execute(channel, wants(sh("sleep 30"), sh("true"), build=0.3))
+    assert (slow.limit, slow.stage, slow.timed_out) == ("wall", "build", True)
+
+
+REPORT = ("sh", "-c", "echo reported; echo aside >&2; exit 9")
+
+
+@pytest.mark.parametrize(
+    ("program", "said"),
+    [
+        ("touch core; exit 3", b"reported\n"),
+        ("touch core; echo word", b"word\n"),
+        ("touch core; echo word; kill -SEGV $$", b"word\nreported\n"),
+        ("exit 3", b""),
+        ("mkdir core", b""),
+    ],
+)
+async def test_what_a_silent_or_crashed_program_left_is_looked_at(channel: Channel, program: str, said: bytes) -> None:
+    outcome, heard = await execute(channel, wants(sh(program), report=REPORT))
+    assert heard.stdout == said
+    assert (b"aside" in heard.stderr) == (b"reported" in said)
+    assert (outcome.status, outcome.signal) in ((3, None), (0, None), (None, 11))
+    assert outcome.status != 9
+
+
+async def test_the_look_at_what_a_program_left_has_an_end(channel: Channel, monkeypatch: pytest.MonkeyPatch) -> None:
+    report = ("sh", "-c", "echo begun; head -c 100000 /dev/zero")
+    outcome, heard = await execute(channel, wants(sh("touch core"), report=report, output=1000))
+    assert (outcome.status, outcome.signal, outcome.truncated) == (0, None, True)
+    assert len(heard.stdout) == 1000
+
+
+async def test_a_step_of_our_own_that_there_is_not_is_named(channel: Channel) -> None:
+    outcome, heard = await execute(channel, wants(["pbotvm:nonsense"]))
+    assert (outcome.status, heard.stderr) == (126, b"there is no step 'nonsense'\n")
+    outcome, heard = await execute(channel, wants(["pbotvm:build", "no json", "cc"]))
+    assert outcome.status == 126
+    assert b"pbotvm:build failed: JSONDecodeError" in heard.stderr
+
+
+async def test_a_step_of_our_own_has_no_way_to_the_host(channel: Channel) -> None:
+    outcome, heard = await execute(channel, wants(["pbotvm:run", "sh", "-c", "ls /proc/$$/fd"]))
+    assert outcome.status == 0
+    assert set(heard.stdout.split()) <= {b"0", b"1", b"2", b"3", b"10"}  # 3 and 10 are ls's and the shell's
+
+
+@pytest.mark.skipif(not shutil.which("gcc"), reason="gcc is not installed")
+async def test_c_is_completed_compiled_and_run(channel: Channel) -> None:
+    wanted = {
+        "kind": "c",
+        "source": "prog.c",
+        "headers": ["stdio.h"],
+        "defines": [],
+        "flags": ["-noheaders", "-include", "stdio.h"],
+    }
+    code = b'puts("hi"); return 3;'
+    steps = (["pbotvm:build", json.dumps(wanted), "gcc", ".prog.c", "-o", "prog"], ["pbotvm:run", "./prog"])
+    outcome, heard = await execute(channel, wants(*steps, files={"prog.c": code}, build=60), [code])
+    assert (outcome.status, heard.stdout, heard.stderr) == (3, b"hi\n", b"")
+    wrong = b"int a;\nint b = nonsense;"
+    outcome, heard = await execute(channel, wants(*steps, files={"prog.c": wrong}, build=60), [wrong])
+    assert (outcome.stage, outcome.status) == ("build", 1)
+    assert b"prog.c:2:9: error:" in heard.stderr
 
 
 async def test_program_that_cannot_be_started_is_told_from_one_that_failed(channel: Channel) -> None:

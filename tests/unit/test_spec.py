@@ -35,8 +35,10 @@ specs = st.builds(
         processes=st.integers(1, 1 << 22),
         file_size=st.integers(0, 1 << 60),
         output=st.integers(0, 1 << 60),
+        build=st.floats(0, 86400),
     ),
     collect=st.lists(names, max_size=4).map(tuple),
+    report=st.one_of(st.just(()), st.tuples(words.filter(bool), words)),
 )  # fmt: skip
 
 

@@ -52,6 +52,7 @@ END
 ip iproute2 iproute iproute2 iproute2
 nft nftables nftables nftables nftables
 cpio cpio cpio cpio cpio
+gcc gcc gcc gcc gcc
 END
     fi
 }

@@ -53,6 +53,7 @@ ip iproute2 iproute iproute2 iproute2
 nft nftables nftables nftables nftables
 cpio cpio cpio cpio cpio
 gcc gcc gcc gcc gcc
+/usr/include/stdio.h libc6-dev glibc-devel glibc glibc-devel
 END
     fi
 }

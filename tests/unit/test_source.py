@@ -136,7 +136,7 @@ def test_the_last_statement_is_shown_when_it_has_a_value(text: str, last: bool) 
     ("text", "debugger"),
     [
         ("int a; print(a);", True), ('gdb("info");', True), ("if (1) watch(a);", True), ("printf(0);", False),
-        ("void print(int x) { } print(3);", True), ("o.print(3);", False), ('puts("print(a)");', False), ("// print(a)", False),
+        ("void print(int x) { } print(3);", False), ("o.print(3);", False), ('puts("print(a)");', False), ("// print(a)", False),
     ],
 )  # fmt: skip
 def test_the_debugger_is_used_for_its_commands_only(text: str, debugger: bool) -> None:

@@ -207,16 +207,15 @@ class _Writer:
         self._out.append(f'\n#line 1 "{OURS}/{self._options.file}"\n#include <prelude.h>\n')
         tokens = self._tokens
         own: set[str] = set()
+        used: set[str] = set()
         for index in range(len(tokens)):
             word = tokens[index] if tokens.is_word(index) else ""
             if word == "gdb":
                 self._debugger = True
             elif word in COMMANDS:
                 begins = not index or tokens[index - 1] in (";", "{", "}", ")", ":", "else", "do")
-                if begins and tokens[index + 1] == "(":
-                    self._debugger = True
-                else:
-                    own.add(word)
+                (used if begins and tokens[index + 1] == "(" else own).add(word)
+        self._debugger = self._debugger or bool(used - own)
         self._out += [f"#undef {word}\n" for word in sorted(own)]
 
     def _file_scope(

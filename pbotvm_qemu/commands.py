@@ -23,7 +23,7 @@ from pbotvm_qemu import (
 )
 from pbotvm_qemu.config import SNAPSHOT
 from pbotvm_qemu.errors import PbotVMError, StateError
-from pbotvm_qemu.languages import Registry
+from pbotvm_qemu.languages import Language, Registry
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

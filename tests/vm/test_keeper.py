@@ -113,6 +113,26 @@ def test_snapshots_are_taken_listed_reverted_and_deleted(disk_env: Env) -> None:
     assert cli(kept_env, "exec", "-lang=sh", "echo usable").stdout == b"usable\n"
 
 
+def test_exec_keeps_a_clone_as_a_session_when_told_to(kept_env: Env) -> None:
+    first = cli(kept_env, "exec", "--keep", "-lang=sh", "echo one > note")
+    assert first.returncode == 0
+    (listed,) = cli_json(kept_env, "session", "list", "--json")["sessions"]
+    assert f"exec --session {listed['id']}".encode() in first.stderr
+    report = cli_json(kept_env, "exec", "--json", "--session", listed["id"], "-lang=sh", "cat note")
+    assert (report["stdout"], report["session"], report["clone"]) == ("one\n", listed["id"], listed["clone"])
+    assert_refused(cli(kept_env, "session", "revert", listed["id"], "none"), 125, "no state 'none'")
+    assert_refused(cli(kept_env, "session", "save", listed["id"], "-x/y"), 2, "cannot name a state")
+    assert_refused(cli(kept_env, "session", "open", "--idle", "0"), 2, "seconds")
+    assert_refused(cli(kept_env, "exec", "--keep", "--session", "x", "-lang=sh", "true"), 2, "--keep")
+    assert cli(kept_env, "session", "end", listed["id"]).returncode == 0
+    assert_refused(cli(kept_env, "exec", "--session", listed["id"], "-lang=sh", "true"), 125, "no session")
+
+
+def test_a_session_without_a_keeper_is_refused(vm_env: Env) -> None:
+    assert_refused(cli(vm_env, "exec", "--session", "x", "-lang=sh", "true"), 125, "not kept", "start")
+    assert_refused(cli(vm_env, "session", "open"), 125, "not running")
+
+
 def test_a_second_keeper_is_refused(kept_env: Env) -> None:
     assert_refused(cli(kept_env, "start"), 125, "runs already")
     assert_refused(cli(kept_env, "rm"), 125, "is running")

@@ -63,6 +63,16 @@ class Lease:
         return f"{self.machine.name}/{self.number}"
 
 
+def check_memory(memory: int) -> None:
+    """Raise HostError when the host has no room for one more machine with `memory` bytes."""
+    need = memory + OVERHEAD
+    if process.memory_available() < need:
+        raise HostError(
+            f"the host has no memory for one more machine, which needs up to {need >> 20} MiB",
+            hint="end something, keep fewer machines (--pool), or make one with less --memory",
+        )
+
+
 def room(memory: int, available: int) -> int:
     """Return how many machines with `memory` bytes each fit into `available` bytes of the host's memory."""
     return available * 9 // 10 // (memory + OVERHEAD)
@@ -336,15 +346,10 @@ class Pool:
         while len(self._ready) + self._starting < max(self._size, len(self._turns)):
             if len(self._alive) + self._starting >= self._most:
                 return
-            need = self._memory + OVERHEAD
-            if process.memory_available() < need:
-                self._failed(
-                    HostError(
-                        f"the host has no memory for one more machine, which needs up to {need >> 20} MiB",
-                        hint="keep fewer machines (--pool), or make one with less --memory",
-                    ),
-                    wait=_LOOK_AGAIN,
-                )
+            try:
+                check_memory(self._memory)
+            except HostError as exc:
+                self._failed(exc, wait=_LOOK_AGAIN)
                 return
             self._starting += 1
             self._spawn(self._live())

@@ -87,7 +87,7 @@ async def _alone(
     on_wait: Callable[[str], None] | None,
 ) -> Outcome:
     # What starts QEMU is not needed, and not loaded, when a keeper has done so.
-    from pbotvm_qemu import keeper  # noqa: PLC0415
+    from pbotvm_qemu import keeper, pool  # noqa: PLC0415
 
     begin = time.monotonic()
     way = keeper.choose(record, config)
@@ -102,6 +102,7 @@ async def _alone(
         queued = time.monotonic() - begin
         if queued > _LONG_AGO:
             way = keeper.choose(record, config)  # whoever had the machine may have changed it
+        pool.check_memory(way.plan.config.memory)
         vm = await way.start()
         stack.push_async_callback(vm.stop)
         outcome = await vm.execute(spec, content, on_output=on_output, stdin=stdin)

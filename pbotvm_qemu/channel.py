@@ -15,7 +15,7 @@ import time
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Literal
 
-from pbotvm_qemu.errors import GuestError, NeverRanError, PbotVMError, RunLostError
+from pbotvm_qemu.errors import GuestError, NeverRanError, PbotVMError, RunLostError, UsedMachineError
 from pbotvm_qemu.guest import wire
 from pbotvm_qemu.guest.wire import FrameType
 
@@ -103,6 +103,7 @@ class Channel:
         self._pending: dict[int, _Pending] = {}
         self._hello: asyncio.Future[wire.Frame] | None = None
         self._lost: str | None = None
+        self._lost_now = asyncio.Event()
         self._task = asyncio.create_task(self._read())
 
     @classmethod
@@ -316,13 +317,15 @@ class Channel:
             self._lose("the other end closed it")
         except wire.WireError as exc:
             self._lose(f"the guest broke the protocol: {exc}")
-        except OSError as exc:
+        except (OSError, GuestError) as exc:
             self._lose(str(exc) or type(exc).__name__)
 
     def _deliver(self, frame: wire.Frame) -> None:
         if frame.type == FrameType.HELLO:
             if self._hello and not self._hello.done():
                 self._hello.set_result(frame)
+            elif _json(frame).get("nonce") == "started":
+                self._lose("the agent in the guest was started anew")
             return
         pending = self._pending.get(frame.id)
         if pending is None:
@@ -339,8 +342,13 @@ class Channel:
             raise wire.WireError("a flood of frames")
         pending.frames.put_nowait(frame)
 
+    async def lost(self) -> None:
+        """Return when the channel cannot be used any more."""
+        await self._lost_now.wait()
+
     def _lose(self, why: str) -> None:
         self._lost = why
+        self._lost_now.set()
         if self._hello and not self._hello.done():
             self._hello.set_exception(GuestError(f"the channel is lost: {why}"))
         for pending in self._pending.values():
@@ -385,6 +393,8 @@ def _refusal(frame: wire.Frame) -> PbotVMError:
     message, hint = _shown(answer.get("message")), _shown(answer.get("hint")) or None
     if answer.get("code") == "run-lost":
         return RunLostError(message, hint=hint)
+    if answer.get("code") == "used":
+        return UsedMachineError(message, hint=hint)
     return NeverRanError(message, hint=hint)
 
 

@@ -13,6 +13,7 @@ PbotVMError                 125  our own failure
 ├── MonitorError            125  QMP refused, timed out or was lost
 ├── LaunchError             125  QEMU ended before the guest was ready
 ├── NeverRanError           125  the program was not started: safe to repeat
+│   └── UsedMachineError    125  because somebody else had used the machine
 └── GuestError              125  the guest broke the protocol or stayed silent
     └── RunLostError        125  the guest was lost after dispatch: the program may have run
 ```
@@ -107,6 +108,10 @@ class NeverRanError(PbotVMError):
     """The program was not started (no capacity, machine not ready, refused by the agent). Safe to repeat."""
 
     kind = "never-ran"
+
+
+class UsedMachineError(NeverRanError):
+    """The program was not started, because another peer had used the machine before. The next one is clean."""
 
 
 class GuestError(PbotVMError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import json
 import os
 import sys
 import threading
@@ -15,6 +16,8 @@ from typing import TYPE_CHECKING, BinaryIO
 from pbotvm_qemu import config, paths, request, state
 from pbotvm_qemu.errors import HostError, StateError, UsageError
 from pbotvm_qemu.guest import wire
+from pbotvm_qemu.guest.words import split
+from pbotvm_qemu.languages import Registry
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
@@ -71,7 +74,7 @@ def prepare(
     base = request.Request(
         language=lang,
         machine=vm,
-        arguments=request.split_arguments(args or ""),
+        arguments=split(args or ""),
         stdin=None if stdin is None else request.expand_escapes(stdin),
     )
     code: bytes | None = None
@@ -86,6 +89,8 @@ def prepare(
         wanted = base
     else:
         wanted = request.parse_code(text, base)
+    if wanted.paste:
+        raise UsageError("-paste is for requests to the relay", hint="redirect the output of exec instead")
     return Job(
         request=replace(wanted, machine=wanted.machine or vm),
         code=code,
@@ -93,6 +98,12 @@ def prepare(
         collect=tuple(_get(item) for item in get),
         inherit_stdin=not from_stdin,
     )
+
+
+def info(wanted: request.Request, machine: str) -> str:
+    """Return what `-info` prints. Raises UnknownLanguageError when the machine does not have the language."""
+    record = state.ready(wanted.machine or machine)
+    return request.info(wanted, Registry.load(paths.user_languages()).find(wanted.language, record.languages))
 
 
 def _read_program(file: str | None) -> bytes:
@@ -229,6 +240,17 @@ def remarks(outcome: Outcome, limits: Limits) -> list[str]:
     return lines
 
 
+def with_token(line: str, token: str) -> str:
+    """Return a request for the relay with `token` in it, when there is one."""
+    if not token:
+        return line
+    try:
+        fields = json.loads(line)
+    except (ValueError, RecursionError):
+        fields = None
+    return json.dumps(fields | {"token": token}) if isinstance(fields, dict) else f"-token={token} {line}"
+
+
 async def ask_relay(host: str, port: int, line: str) -> bytes:
     """Send one line to the relay and return all that it answers, as PBot's vm-client does.
 
@@ -238,8 +260,9 @@ async def ask_relay(host: str, port: int, line: str) -> bytes:
         async with asyncio.timeout(10):
             reader, writer = await asyncio.open_connection(host, port)
     except (OSError, TimeoutError) as exc:
+        why = os.strerror(exc.errno) if isinstance(exc, OSError) and exc.errno else "no answer in time"
         raise StateError(
-            f"Fatal error: {exc}; try again later",
+            f"Fatal error: {why}; try again later",
             hint=f"start the relay with `pbotvm-qemu run --listen {host}:{port}`",
         ) from exc
     try:

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass, replace
+import shlex
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from pbotvm_qemu.errors import UsageError
 from pbotvm_qemu.guest import spec, wire
+from pbotvm_qemu.guest.words import spans, split
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
@@ -21,10 +23,14 @@ if TYPE_CHECKING:
 
 CODE_MAX = 4 << 20  # bytes of one program
 ARGUMENTS_MAX = 48 * 1024  # bytes of all arguments and options: they travel in one frame
+NAME_MAX = 200  # characters kept of a key that another machine stores things under
 DEFAULT_LANGUAGE = "sh"
 
-_LEADING = re.compile(r"\s*--?(lang|vm)=(\S+)\s*")
+_LEADING = re.compile(r"\s*--?(lang|vm|token)=(\S+)\s*")
+# What the predecessor took from anybody who could chat, and what is the operator's alone.
+_FORBIDDEN = re.compile(r"\s*--?(revert|health|vm-(?:domain|addr|health|heart|cid|vport|serial))=")
 _ARGUMENTS = re.compile(r"--?(?:args|arguments)")
+_SWITCH = re.compile(r"--?(no)?(info|paste)")
 _ESCAPE = re.compile(r"(?<!\\)\\(?:([nrtb])|x([0-9A-Fa-f]{1,8})|([0-7]{1,11}))")
 _OPTION = re.compile(r"\s*(-\S+)(?:\s+|$)")
 _WORD = re.compile(r"(\S+)(?:\s+|$)")
@@ -41,27 +47,55 @@ class Request:
     options: tuple[str, ...] = ()  # for the compiler or interpreter; replace its defaults when there are any
     arguments: tuple[str, ...] = ()
     stdin: str | None = None
+    info: bool = False  # show the command line, run nothing
+    paste: bool = False  # put the output where it can be read at leisure
+    # Who asks, in the words of a bot; and what it knows about him.
+    nick: str = "vm"
+    channel: str = "vm"
+    factoid: bool = False
+    persist_key: str | None = None
+    usage: str | None = None  # shown instead of our own usage line
+    token: str = field(default="", repr=False)
 
 
-def parse_line(line: str) -> Request:
+def parse_line(line: str, *, language: str = DEFAULT_LANGUAGE) -> Request:
     """Return the request in one line of PBot's: a JSON object with `code`, or the code itself.
 
-    Raises UsageError when there is nothing to run. Unknown keys are ignored.
+    `language` is meant where none is named. Raises UsageError when there is nothing to run, with the request so far as
+    `request`. Unknown keys are ignored.
+    """
+    base, code = parse_context(line, language=language)
+    return parse_code(code, base)
+
+
+def parse_context(line: str, *, language: str = DEFAULT_LANGUAGE) -> tuple[Request, str]:
+    """Return what a line says about the request beside its code, and the code with its front options.
+
+    Raises UsageError for JSON that is nested without end.
     """
     fields: dict[str, object] = {}
     try:
         decoded = json.loads(line)
-    except (ValueError, RecursionError):
+    except RecursionError:
+        raise UsageError("the request is nested too deeply", hint="send a plain JSON object") from None
+    except ValueError:
         decoded = None
     if isinstance(decoded, dict):
         fields = decoded
     code = _text(fields, "code") if isinstance(decoded, dict) else line
+    persist_key = fields.get("persist-key")
     base = Request(
-        language=_text(fields, "lang") or DEFAULT_LANGUAGE,
+        language=_text(fields, "lang") or language,
         machine=_text(fields, "vm") or None,
-        arguments=split_arguments(_text(fields, "arguments")),
+        arguments=split(_text(fields, "arguments")),
+        nick=_text(fields, "nick") or "vm",
+        channel=_text(fields, "channel") or "vm",
+        factoid="factoid" in fields,
+        persist_key=str(persist_key)[:NAME_MAX] if isinstance(persist_key, str | int) else None,
+        usage=_text(fields, "usage") or None,
+        token=_text(fields, "token"),
     )
-    return parse_code(code, base)
+    return base, code
 
 
 def _text(fields: dict[str, object], key: str) -> str:
@@ -73,21 +107,25 @@ def _text(fields: dict[str, object], key: str) -> str:
 def parse_code(code: str, base: Request) -> Request:
     """Return `base` with the front options in `code` applied and taken off.
 
-    `-lang=` and `-vm=` count at the very front, `-args` anywhere, `-stdin` takes the rest of the line; words with a
-    dash that are then in front are options for the compiler or interpreter. Raises UsageError for empty code.
+    `-lang=` and `-vm=` count at the very front, `-args`, `-info` and `-paste` anywhere, `-stdin` takes the rest of the
+    line; words with a dash that are then in front are options for the compiler or interpreter. Raises UsageError for
+    empty code, and for options that would choose what only the configuration chooses.
     """
     request = base
     position = 0
     while match := _LEADING.match(code, position):
         if match[1] == "lang":
             request = replace(request, language=match[2].lower())
-        else:
+        elif match[1] == "vm":
             request = replace(request, machine=match[2])
+        else:
+            request = replace(request, token=match[2])
         position = match.end()
-    code = code[position:]
-    code, arguments = _take_arguments(code)
-    if arguments is not None:
-        request = replace(request, arguments=split_arguments(_unquote(arguments)))
+    if match := _FORBIDDEN.match(code, position):
+        raise UsageError(
+            f"The option -{match[1]} is not available; choose a machine with -vm=NAME.", hint="leave it out"
+        )
+    code, request = _take_options(code[position:], request)
     head, mark, tail = code.partition("-stdin")
     if mark and (not head or head[-1].isspace() or head[-1] == "-"):
         code = head.removesuffix("-").rstrip(" ")
@@ -108,45 +146,37 @@ def parse_code(code: str, base: Request) -> Request:
     return replace(request, code=code)
 
 
-def _take_arguments(code: str) -> tuple[str, str | None]:
-    """Cut `-args X`, `-args=X` (or `-arguments`) out of the code; X is one word, quotes kept."""
-    words = list(_words(code))
-    for index, (start, end) in enumerate(words):
+def _take_options(code: str, request: Request) -> tuple[str, Request]:
+    """Cut `-args X`, `-args=X` (or `-arguments`), `-info` and `-paste` out of the code; X is one word, quotes kept."""
+    words = spans(code)
+    kept: list[str] = []
+    position = 0
+    index = 0
+    while index < len(words):
+        start, end = words[index]
         word = code[start:end]
+        index += 1
         if word == "--":
             break
         name, equals, value = word.partition("=")
-        if not _ARGUMENTS.fullmatch(name):
+        if switch := _SWITCH.fullmatch(word):
+            wanted = not switch[1]
+            request = replace(request, info=wanted) if switch[2] == "info" else replace(request, paste=wanted)
+        elif not _ARGUMENTS.fullmatch(name):
             continue
-        if equals:
-            return code[:start] + code[end:].lstrip(" "), value
-        if index + 1 < len(words):
-            following = words[index + 1]
-            return code[:start] + code[following[1] :].lstrip(" "), code[following[0] : following[1]]
-    return code, None
-
-
-def _words(code: str) -> Sequence[tuple[int, int]]:
-    """Return begin and end of each word: cut at blanks outside quotes; an unbalanced quote is an ordinary character."""
-    spans = []
-    position = 0
-    # Whether a closing quote is still to come is asked once per kind, so that a line of quotes stays linear.
-    last = {quote: code.rfind(quote) for quote in "'\""}
-    while position < len(code):
-        if code[position].isspace():
+        elif equals:
+            request = replace(request, arguments=split(_unquote(value)))
+        elif index < len(words):
+            value, end = code[slice(*words[index])], words[index][1]
+            request = replace(request, arguments=split(_unquote(value)))
+            index += 1
+        else:
+            continue
+        kept.append(code[position:start])
+        position = end
+        while position < len(code) and code[position] == " ":
             position += 1
-            continue
-        start = position
-        while position < len(code) and not code[position].isspace():
-            character = code[position]
-            if character == "\\":
-                position += 2
-            elif character in last and last[character] > position:
-                position = code.index(character, position + 1) + 1
-            else:
-                position += 1
-        spans.append((start, min(position, len(code))))
-    return spans
+    return "".join(kept) + code[position:], request
 
 
 def _unquote(word: str) -> str:
@@ -154,27 +184,6 @@ def _unquote(word: str) -> str:
     if len(word) > 1 and word[0] == word[-1] and word[0] in "'\"":
         return word[1:-1]
     return word
-
-
-def split_arguments(text: str) -> tuple[str, ...]:
-    """Return the words of an argument string: quotes join and are removed, backslashes stay (as in the predecessor)."""
-    arguments: list[str] = []
-    for start, end in _words(text):
-        word = text[start:end]
-        parts: list[str] = []
-        position = 0
-        while position < len(word):
-            character = word[position]
-            close = word.find(character, position + 1) if character in "'\"" else -1
-            if close > 0:
-                parts.append(word[position + 1 : close])
-                position = close + 1
-            else:
-                step = 2 if character == "\\" else 1
-                parts.append(word[position : position + step])
-                position += step
-        arguments.append("".join(parts))
-    return tuple(arguments)
 
 
 def expand_escapes(text: str) -> str:
@@ -245,6 +254,19 @@ def render(
     except wire.WireError as exc:
         raise UsageError(f"the request is too large: {exc}", hint="pass data through standard input") from exc
     return parsed, [data for _name, data in everything]
+
+
+def cmdline(request: Request, language: Language) -> str:
+    """Return the command line that a request stands for: of the compiler, else of the interpreter."""
+    step = language.steps(request.options, ())[0]
+    if step[0] == "pbotvm:build":  # a step of the agent's own, around the compiler's
+        step = step[2:]
+    return shlex.join(language.source if word == f".{language.source}" else word for word in step)
+
+
+def info(request: Request, language: Language) -> str:
+    """Return the answer to `-info`."""
+    return f"{language.name} cmdline: {cmdline(request, language)}"
 
 
 async def once(data: bytes) -> AsyncIterator[bytes]:

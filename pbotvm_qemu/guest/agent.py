@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import base64
 import binascii
-import contextlib
 import os
 import sys
+from typing import TYPE_CHECKING
 
-from . import spec, system, wire
+from . import health, legacy, spec, system, wire
 from .loop import Loop
 from .port import Port
 from .run import Owner, Run
 from .wire import FrameType
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 RELEASE = "1"
 _HOSTNAME_MAX = 63
 _MESSAGE_MAX = 1000
-_BEAT = 4.0  # seconds; the predecessor calls a machine dead after 5
 
 
 class Agent:
@@ -29,6 +31,9 @@ class Agent:
         self._transport = transport
         self._runs: dict[int, Run] = {}
         self._port = Port(loop, fd, on_frame=self._frame, on_room=self._room, on_lost=self._lost)
+        self.legacy = legacy.Server(loop, owner, host_busy=lambda: bool(self._runs))
+        # Unasked, it tells a host that is in the middle of something that all of that is lost.
+        self._hello({"nonce": "started"})
 
     def _frame(self, frame: wire.Frame) -> None:
         try:
@@ -121,6 +126,9 @@ class Agent:
         if len(self._runs) >= wire.RUNS_MAX:
             self._error(frame.id, "busy", f"{wire.RUNS_MAX} programs run already")
             return
+        if self.legacy.used:
+            self._error(frame.id, "used", "this machine has run a program for another peer")
+            return
         request = spec.parse(wire.decode_json(frame.payload))
         # Run() can end at once and call _done, so the place is taken before.
         run = Run(self._loop, self._port, frame.id, request, self._owner, self._done)
@@ -145,20 +153,6 @@ class Agent:
         )
 
 
-class Heartbeat:
-    """The predecessor's sign of life: a line feed on the health port every few seconds."""
-
-    def __init__(self, loop: Loop, fd: int) -> None:
-        self._loop = loop
-        self._fd = fd
-        self._beat()
-
-    def _beat(self) -> None:
-        with contextlib.suppress(BlockingIOError):  # nobody listens: the next beat will do
-            os.write(self._fd, b"\r\n")
-        self._loop.after(_BEAT, self._beat)
-
-
 def _owner(name: str, home: str) -> Owner:
     if os.geteuid():
         return Owner(home, name, None, None, cgroups=False)
@@ -166,11 +160,28 @@ def _owner(name: str, home: str) -> Owner:
     return Owner(home, name, uid, gid, cgroups=system.Cgroup.prepare())
 
 
+def _serve_others(loop: Loop, server: legacy.Server, options: dict[str, str]) -> None:
+    """Open what peers of PBot's use; what this guest does not have is said on the console."""
+    services: dict[str, Callable[[str], object]] = {
+        "legacy": lambda path: server.serial(system.open_serial(path)),
+        "health": lambda path: health.Health(loop, system.open_serial(path)),
+        "vsock": lambda port: server.listen(int(port)),
+        "vsock-health": lambda port: health.Listener(loop, int(port)),
+    }
+    for name, serve in services.items():
+        if name in options:
+            try:
+                serve(options[name])
+            except OSError as exc:
+                print(f"agent: no {name} on {options[name]}: {exc}", file=sys.stderr, flush=True)  # noqa: T201
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Serve for ever.
 
-    Arguments: `port=NAME` (virtio-serial) or `fd=N` (an open stream socket), `user=NAME`, `home=DIR`,
-    `heartbeat=DEVICE`, `grow=1` (fill the disk).
+    Arguments: `port=NAME` (virtio-serial) or `fd=N` (an open stream socket), `user=NAME`, `home=DIR`, `grow=1` (fill
+    the disk); for peers of PBot's, `legacy=DEVICE` and `health=DEVICE` (serial lines), `vsock=PORT` and
+    `vsock-health=PORT`.
     """
     options = dict(argument.split("=", 1) for argument in (sys.argv[1:] if arguments is None else arguments))
     loop = Loop()
@@ -187,12 +198,8 @@ def main(arguments: list[str] | None = None) -> None:
         os.set_inheritable(fd, False)
     else:
         fd, transport = os.open(system.find_port(options["port"]), os.O_RDWR | os.O_NONBLOCK), "virtio-serial"
-    Agent(loop, fd, owner, transport=transport)
-    if "heartbeat" in options:
-        try:
-            Heartbeat(loop, system.open_serial(options["heartbeat"]))
-        except OSError as exc:
-            print(f"agent: no heartbeat: {exc}", file=sys.stderr, flush=True)  # noqa: T201
+    agent = Agent(loop, fd, owner, transport=transport)
+    _serve_others(loop, agent.legacy, options)
     while True:
         loop.step()
 

@@ -137,6 +137,11 @@ class Run:
         """Whether its last frame is sent."""
         return self._stage is _Stage.DONE
 
+    @property
+    def building(self) -> bool:
+        """Whether what is sent now belongs to a step before the program itself."""
+        return self._step < len(self._spec.steps) - 1
+
     # Frames from the host -------------------------------------------------------------------------------------------
 
     def data(self, payload: bytes) -> None:

@@ -72,6 +72,7 @@ class Agent:
                 [*argv, f"fd={fd}", f"home={home}", "user=nobody"],
                 pass_fds=[fd], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
             )  # fmt: skip
+        assert wire.decode_json(self.next(FrameType.HELLO).payload)["nonce"] == "started"
 
     def end(self) -> None:
         self.sock.close()

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from pbotvm_qemu import request
 from pbotvm_qemu.config import Limits
 from pbotvm_qemu.errors import UsageError
+from pbotvm_qemu.guest.words import split as split_arguments
 from pbotvm_qemu.languages import Registry
-from pbotvm_qemu.request import Request, parse_line, split_arguments
+from pbotvm_qemu.request import Request, parse_line
 
 SH = Registry.load().find("sh")
 
@@ -28,7 +29,7 @@ def test_json_is_read_in_any_spacing(separators: tuple[str, str]) -> None:
 
 
 def test_unknown_keys_and_values_of_another_type_are_ignored() -> None:
-    line = json.dumps({"code": "x", "nick": "joe", "lang": 7, "vm": None, "arguments": ["a"], "factoid": {}})
+    line = json.dumps({"code": "x", "nick": ["joe"], "lang": 7, "vm": None, "arguments": ["a"], "new": {}})
     assert parse_line(line) == Request(code="x")
 
 

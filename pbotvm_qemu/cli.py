@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from pbotvm_qemu import __version__
-from pbotvm_qemu.errors import OURS, PbotVMError, UsageError
+from pbotvm_qemu.errors import OURS, PbotVMError, StateError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
     from typing import TypeVar
+
+    from rich.console import Group
 
     from pbotvm_qemu.config import Config
 
@@ -215,21 +217,30 @@ def run(
     listen: Annotated[Optional[str], typer.Option(help="ADDR:PORT for PBot clients.")] = None,
     pool: Pool = None,
     revert: Revert = None,
+    no_auth: Annotated[
+        bool, typer.Option("--no-auth", help="Listen beyond loopback without a token: whoever connects is served.")
+    ] = False,
     detach: Annotated[bool, typer.Option("--detach", help="Go to the background once it is ready.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Keep a machine ready, and listen for PBot's requests until stopped."""
+    """Keep a machine ready, and listen for PBot's requests until stopped. SIGHUP reads the configuration again."""
     from pbotvm_qemu import commands
 
     host, port = _address(listen)
-    config = _config(name, relay_host=host, relay_port=port, pool_size=pool, pool_revert=revert)
+
+    def load() -> Config:
+        return _config(
+            name, relay_host=host, relay_port=port, relay_no_auth=no_auth or None, pool_size=pool, pool_revert=revert
+        )
+
+    config = load()
     if detach:
-        address = ["--listen", f"{config.relay.host}:{config.relay.port}"]
-        arguments = ["--verbose", "run", config.machine.name, *address, *_pool_arguments(config)]
+        options = ["--listen", f"{config.relay.host}:{config.relay.port}", *(["--no-auth"] if no_auth else [])]
+        arguments = ["--verbose", "run", config.machine.name, *options, *_pool_arguments(config)]
         _start(config, relay=True, arguments=arguments, as_json=as_json)
         return
     _run_keeper(
-        commands.keep(config, relay=True, purpose="run", on_ready=lambda at: _ready(config, at, as_json=as_json))
+        commands.keep(config, load, relay=True, purpose="run", on_ready=lambda at: _ready(config, at, as_json=as_json))
     )
 
 
@@ -287,7 +298,13 @@ def keep(name: Name = None, *, pool: Pool = None, revert: Revert = None) -> None
 
     config = _config(name, pool_size=pool, pool_revert=revert)
     _run_keeper(
-        commands.keep(config, relay=False, purpose="start", on_ready=lambda at: _ready(config, at, as_json=False))
+        commands.keep(
+            config,
+            lambda: _config(name),
+            relay=False,
+            purpose="start",
+            on_ready=lambda at: _ready(config, at, as_json=False),
+        )
     )
 
 
@@ -324,6 +341,9 @@ def execute(
     job = execution.prepare(
         code or [], lang=lang, vm=vm, args=args, stdin=stdin, file=file, put=put or [], get=get or []
     )
+    if job.request.info:
+        typer.echo(execution.info(job.request, config.machine.name))
+        return
     if keep and session is not None:
         raise UsageError("--keep opens a session, --session uses one", hint="give one of them")
     if keep:
@@ -358,8 +378,13 @@ def client(words: Annotated[list[str], typer.Argument(help="A JSON object or the
     """Send one request to the relay, as PBot's vm-client does, and print the answer."""
     from pbotvm_qemu import execution
 
-    config = _config()
-    sys.stdout.buffer.write(_run(execution.ask_relay(config.relay.host, config.relay.port, " ".join(words))))
+    relay = _config().relay
+    line = execution.with_token(" ".join(words), relay.token)
+    try:
+        sys.stdout.buffer.write(_run(execution.ask_relay(relay.host, relay.port, line)))
+    except StateError as exc:  # the words of PBot's vm-client, where a bot looks for them
+        typer.echo(str(exc))
+        raise
 
 
 @app.command()
@@ -410,6 +435,66 @@ def status(name: Name = None, *, as_json: Json = False) -> None:
         else:
             shown = " ".join(map(str, value)) if isinstance(value, list) else value
             typer.echo(f"{key + ':':16} {shown}")
+
+
+@app.command()
+def top(
+    name: Name = None,
+    *,
+    interval: Annotated[float, typer.Option(min=0.1, max=3600, help="Seconds between two looks.")] = 1.0,
+    count: Annotated[Optional[int], typer.Option(min=1, help="Looks; default: until Ctrl-C, or 1 into a file.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show live figures of a kept machine and of each of its QEMU processes."""
+    wanted = _config(name).machine.name
+    endless = count is None and sys.stdout.isatty() and not as_json
+    with contextlib.suppress(KeyboardInterrupt):
+        _run(_top(wanted, interval, None if endless else count or 1, as_json=as_json))
+
+
+async def _top(name: str, interval: float, count: int | None, *, as_json: bool) -> None:
+    from rich.console import Console
+    from rich.live import Live
+
+    from pbotvm_qemu import top as figures
+
+    console = Console()
+    before = await figures.look(name)
+    with (
+        Live(console=console, auto_refresh=False)
+        if console.is_terminal and not as_json
+        else contextlib.nullcontext() as live
+    ):
+        while count is None or count > 0:
+            await asyncio.sleep(interval)
+            now = await figures.look(name)
+            found = figures.report(name, before, now)
+            before = now
+            count = None if count is None else count - 1
+            if as_json:
+                _print_json(found)
+                sys.stdout.flush()
+            elif live:
+                live.update(_top_table(found), refresh=True)
+            else:
+                console.print(_top_table(found))
+
+
+def _top_table(found: dict[str, object]) -> Group:
+    """Return the picture of one look."""
+    from rich.console import Group
+    from rich.table import Table
+
+    from pbotvm_qemu.config import format_size
+
+    words = ", ".join(f"{key} {found[key]}" for key in ("ready", "busy", "waiting", "runs", "runs_per_s", "deaths"))
+    table = Table(box=None)
+    for heading in ("QEMU", "CPU %", "resident", "of its own"):
+        table.add_column(heading, justify="right")
+    for item in found["processes"]:  # type: ignore[attr-defined]
+        sizes = (format_size(item[key] >> 20 << 20) for key in ("rss", "pss"))
+        table.add_row(str(item["pid"]), f"{item['cpu_percent']:.1f}", *sizes)
+    return Group(f"{found['machine']}: {words}", table)
 
 
 @app.command()

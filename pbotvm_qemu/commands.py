@@ -39,9 +39,12 @@ _ASK_SNAPSHOT = snapshots.TIMEOUT + 60.0
 # keepers -----------------------------------------------------------------------------------------------------------------
 
 
-async def keep(config: Config, *, relay: bool, purpose: str, on_ready: Callable[[str], None]) -> None:
-    """Keep machine `config.machine.name` until told to stop; see Keeper.keep."""
-    await keeper.Keeper(state.ready(config.machine.name), config, purpose=purpose, relay=relay).keep(on_ready)
+async def keep(
+    config: Config, load: Callable[[], Config], *, relay: bool, purpose: str, on_ready: Callable[[str], None]
+) -> None:
+    """Keep machine `config.machine.name` until told to stop; see Keeper.keep. `load` reads the configuration again."""
+    record = state.ready(config.machine.name)
+    await keeper.Keeper(record, config, load, purpose=purpose, relay=relay).keep(on_ready)
 
 
 async def start(config: Config, *, relay: bool, arguments: Sequence[str]) -> state.ProcessRecord:

@@ -14,7 +14,8 @@ wall = 10
 port = 9000
 ```
 
-The environment variables are the predecessor's. Where an old and a new name exist, the new one wins.
+The environment variables are the predecessor's. Where an old and a new name exist, the new one wins. The predecessor's
+own `vm-exec.json` is read as well when it lies beside config.toml, and is the weakest.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import tomllib
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from pbotvm_qemu import endpoints
 from pbotvm_qemu.errors import ConfigError, UsageError
 
 if TYPE_CHECKING:
@@ -106,6 +108,37 @@ class RelayConfig:
     queue: int = 64  # requests that may wait
     queue_wait: float = 60.0  # seconds that a request may wait
     output: int = 1 << 20  # bytes of output kept for one reply
+    language: str = ""  # of requests that name none; empty for the predecessor's: C, the newest that is installed
+    token: str = field(default="", repr=False)  # what requests must carry; empty for none
+    no_auth: bool = False  # listen beyond loopback without a token
+    no_revert: bool = False  # leave machines as they are after a run: for looking into trouble
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PasteConfig:
+    """Where `-paste` puts things: a folder, or a program that reads the text and prints where it is."""
+
+    directory: str = ""
+    url: str = ""  # put before the file's name in the answer; empty for the folder
+    command: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WatchdogConfig:
+    """When an idle machine counts as sick. A program that runs is never judged: it has its limits."""
+
+    interval: float = 15.0  # seconds between looks; 0 turns the watchdog off
+    silence: float = 10.0  # seconds in which the agent must answer
+    cpu: float = 50.0  # percent of one processor that QEMU may use while nothing runs
+    samples: int = 5  # looks in a row over that
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MetricsConfig:
+    """The page for Prometheus."""
+
+    host: str = LOOPBACK
+    port: int = 0  # 0 for none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,6 +161,10 @@ class Config:
     limits: Limits = field(default_factory=Limits)
     relay: RelayConfig = field(default_factory=RelayConfig)
     pool: PoolConfig = field(default_factory=PoolConfig)
+    paste: PasteConfig = field(default_factory=PasteConfig)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    endpoints: endpoints.Endpoints = field(default_factory=endpoints.Endpoints)
     explicit: frozenset[str] = frozenset()  # machine settings that the environment or the command line made
 
 
@@ -154,6 +191,11 @@ _RANGES: dict[tuple[str, str], tuple[float, float]] = {
     ("pool", "most"): (0, 1000),
     ("pool", "sessions"): (0, 1000),
     ("pool", "session_idle"): (1, 86400),
+    ("watchdog", "interval"): (0, 86400),
+    ("watchdog", "silence"): (0.1, 3600),
+    ("watchdog", "cpu"): (1, 6400),
+    ("watchdog", "samples"): (1, 1000),
+    ("metrics", "port"): (0, 65535),
 }
 _WORDS: dict[tuple[str, str], tuple[str, ...]] = {("pool", "revert"): ("auto", "clone", "loadvm", "restart")}
 
@@ -166,13 +208,15 @@ _ENVIRONMENT: tuple[tuple[tuple[str, ...], str, str], ...] = (
     (("PBOTVM_TIMEOUT",), "limits", "wall"),
     (("PBOTVM_ADDR", "PBOTVM_HOST"), "relay", "host"),
     (("PBOTVM_PORT", "PBOTVM_SERVER"), "relay", "port"),
+    (("PBOTVM_TOKEN",), "relay", "token"),
+    (("PBOTVM_NOREVERT",), "relay", "no_revert"),
 )
+_FALSE = ("", "0")  # in Perl, whose variables these are
 
-_TABLES = ("machine", "limits", "relay", "pool")
-_Table = TypeVar("_Table", MachineConfig, Limits, RelayConfig, PoolConfig)
+_TABLES = ("machine", "limits", "relay", "pool", "paste", "watchdog", "metrics")
+_Table = TypeVar("_Table", MachineConfig, Limits, RelayConfig, PoolConfig, PasteConfig, WatchdogConfig, MetricsConfig)
 
-
-_KNOWN = ", ".join(f"[{name}]" for name in _TABLES)
+_KNOWN = ", ".join(f"[{name}]" for name in (*_TABLES, "machines", "aliases"))
 
 
 def checked(table: _Table, table_name: str, changes: Mapping[str, object], source: str) -> _Table:
@@ -200,11 +244,8 @@ def _value(table: str, name: str, raw: object, default: object, source: str) -> 
             value = parse_size(raw)
         except UsageError as exc:
             raise ConfigError(f"{what}: {exc}", hint=exc.hint) from exc
-    elif isinstance(default, int | float) and isinstance(raw, str):
-        try:
-            value = type(default)(raw)
-        except ValueError as exc:
-            raise ConfigError(f"{what} is {raw!r}, not a number", hint="write a plain number") from exc
+    elif isinstance(raw, str | list):
+        value = _converted(raw, default, what)
     if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if type(value) is not type(default):
@@ -225,6 +266,22 @@ def _value(table: str, name: str, raw: object, default: object, source: str) -> 
     return value
 
 
+def _converted(raw: str | list[object], default: object, what: str) -> object:
+    """Return what a text (of the environment) or a TOML list means where `default` stands now."""
+    if isinstance(default, bool) and isinstance(raw, str):
+        return raw not in _FALSE
+    if isinstance(default, tuple) and isinstance(raw, list):
+        if not all(isinstance(word, str) and word for word in raw):
+            raise ConfigError(f"{what} is not a list of words", hint='write ["program", "argument"]')
+        return tuple(raw)
+    if isinstance(default, int | float) and isinstance(raw, str):
+        try:
+            return type(default)(raw)
+        except ValueError as exc:
+            raise ConfigError(f"{what} is {raw!r}, not a number", hint="write a plain number") from exc
+    return raw
+
+
 def load(file: Path, environment: Mapping[str, str] | None = None) -> Config:
     """Return the defaults changed by `file` (when it exists) and then by the environment.
 
@@ -232,9 +289,9 @@ def load(file: Path, environment: Mapping[str, str] | None = None) -> Config:
     """
     config = Config()
     tables = _read(file)
-    unknown = sorted(set(tables) - set(_TABLES))
-    if unknown:
+    if unknown := sorted(set(tables) - {*_TABLES, "machines", "aliases"}):
         raise ConfigError(f"{file}: unknown table [{unknown[0]}]", hint=f"known tables: {_KNOWN}")
+    config = _with_endpoints(config, file, tables)
     for name in _TABLES:
         config = _change(
             config, name, {key.replace("-", "_"): value for key, value in tables.get(name, {}).items()}, str(file)
@@ -246,6 +303,20 @@ def load(file: Path, environment: Mapping[str, str] | None = None) -> Config:
                 config = _change(config, table, {name: value}, f"environment variable {variable}", explicitly=True)
                 break
     return config
+
+
+def _with_endpoints(config: Config, file: Path, tables: Mapping[str, object]) -> Config:
+    """Add the tables of machines, and what the predecessor's file beside `file` says; its default machine is ours."""
+    old_file = file.with_name("vm-exec.json")
+    old = endpoints.load_vm_exec(old_file) or endpoints.Endpoints()
+    listed = endpoints.merge(old, endpoints.parse(tables.get("machines"), tables.get("aliases"), None, str(file)))
+    config = replace(config, endpoints=listed)
+    if listed.default is None:
+        return config
+    changes: dict[str, object] = {"name": listed.default}
+    if found := old.machines.get(listed.default):
+        changes |= {"serial": found.serial, "health": found.health, "cid": found.cid}
+    return _change(config, "machine", changes, str(old_file))
 
 
 def override(config: Config, table: str, **changes: object) -> Config:
@@ -260,14 +331,9 @@ def override(config: Config, table: str, **changes: object) -> Config:
 def _change(
     config: Config, table: str, changes: Mapping[str, object], source: str, *, explicitly: bool = False
 ) -> Config:
-    if table == "machine":
-        explicit = config.explicit | changes.keys() if explicitly else config.explicit
-        return replace(config, machine=checked(config.machine, table, changes, source), explicit=explicit)
-    if table == "limits":
-        return replace(config, limits=checked(config.limits, table, changes, source))
-    if table == "pool":
-        return replace(config, pool=checked(config.pool, table, changes, source))
-    return replace(config, relay=checked(config.relay, table, changes, source))
+    changed: Any = checked(getattr(config, table), table, changes, source)
+    explicit = config.explicit | changes.keys() if explicitly and table == "machine" else config.explicit
+    return replace(config, explicit=explicit, **{table: changed})
 
 
 def _read(file: Path) -> dict[str, dict[str, object]]:

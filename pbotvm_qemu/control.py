@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     from pbotvm_qemu.channel import Outcome, Stream
     from pbotvm_qemu.pool import Pool
+    from pbotvm_qemu.runlog import RunLog
     from pbotvm_qemu.sessions import Sessions
 
     Handler = Callable[[dict[str, object]], Awaitable[dict[str, object]]]
@@ -99,11 +100,12 @@ async def ask(name: str, question: dict[str, object], *, timeout: float = 30.0) 
 class ControlServer:
     """Serves the control socket of one machine. A context manager."""
 
-    def __init__(self, path: Path, pool: Pool, sessions: Sessions, handler: Handler) -> None:
+    def __init__(self, path: Path, pool: Pool, sessions: Sessions, handler: Handler, runs: RunLog) -> None:
         self._path = path
         self._pool = pool
         self._sessions_of_pool = sessions
         self._handler = handler
+        self._runs = runs
         self._server: asyncio.Server | None = None
         self._sessions: set[asyncio.Task[None]] = set()
 
@@ -128,7 +130,7 @@ class ControlServer:
         try:
             sock = writer.get_extra_info("socket")
             if peer_uid(sock) in (os.geteuid(), 0):
-                await _Session(reader, writer, self._pool, self._sessions_of_pool, self._handler).serve()
+                await _Session(reader, writer, self._pool, self._sessions_of_pool, self._handler, self._runs).serve()
         except (OSError, wire.WireError, asyncio.CancelledError):
             pass  # the peer is gone, no peer of ours, or we stop; asyncio would print a traceback for the last
         finally:
@@ -181,12 +183,14 @@ class _Session:
         pool: Pool,
         sessions: Sessions,
         handler: Handler,
+        runlog: RunLog,
     ) -> None:
         self._reader = reader
         self._writer = writer
         self._pool = pool
         self._sessions = sessions
         self._handler = handler
+        self._runlog = runlog
         self._runs: dict[int, _Incoming] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -282,14 +286,20 @@ class _Session:
                 self._writer.write(wire.encode_credit(id_, len(data)))
                 yield data
 
+        record = self._runlog.begin("exec", caller=f"uid{os.geteuid()}", machine="-")
+        record.result = "cancelled"
         try:
             where = self._pool if run.session is None else self._sessions.get(run.session)
             outcome = await where.run(run.spec, [bytes(data) for data in run.content], on_output=output, stdin=stdin())
+            record.result, record.queue_s = outcome.limit or str(outcome.exit_code), outcome.queue_s
+            record.clone = outcome.clone
             await self._answer(id_, run, outcome)
         except PbotVMError as exc:
             code = "run-lost" if isinstance(exc, RunLostError) or not isinstance(exc, NeverRanError) else "never-ran"
+            record.result, record.detail = code, str(exc)
             self._error(id_, code, str(exc), exc.hint)
         finally:
+            self._runlog.end(record)
             self._runs.pop(id_, None)
 
     async def _answer(self, id_: int, run: _Incoming, outcome: Outcome) -> None:

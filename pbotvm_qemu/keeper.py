@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import logging
 import os
 import signal
-import socket
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING
 
-from pbotvm_qemu import image, paths, plan, pool, process, snapshots, state, ways
+from pbotvm_qemu import image, paths, plan, pool, process, service, snapshots, state, ways
 from pbotvm_qemu.config import SNAPSHOT
 from pbotvm_qemu.control import ControlServer
 from pbotvm_qemu.errors import UsageError
-from pbotvm_qemu.languages import Registry
+from pbotvm_qemu.frontdoor import FrontDoor
 from pbotvm_qemu.pool import Pool
 from pbotvm_qemu.ports import Ports
-from pbotvm_qemu.relay import Relay
 from pbotvm_qemu.sessions import Sessions
 
 if TYPE_CHECKING:
@@ -30,6 +27,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 DRAIN = 30.0  # seconds that running programs get after SIGTERM
+_ANSWERS = 5.0  # seconds for callers to read their answers after that
+_DESCRIPTORS = 4096  # for a crowd of callers, before they are turned away, and for machines
 _TAG_MAX = 64
 _IDLE_MAX = 86400  # seconds
 _BUSY_PER_PROCESSOR = 2
@@ -38,15 +37,18 @@ _BUSY_PER_PROCESSOR = 2
 class Keeper:
     """Keeps machine `record` until it is told to stop."""
 
-    def __init__(self, record: state.MachineRecord, config: Config, *, purpose: str, relay: bool) -> None:
+    def __init__(
+        self, record: state.MachineRecord, config: Config, load: Callable[[], Config], *, purpose: str, relay: bool
+    ) -> None:
         self._record = record
         self._config = config
+        self._load = load  # reads the configuration again
         self._purpose = purpose
         self._with_relay = relay
         self._stop = asyncio.Event()
         self._pool: Pool | None = None
         self._sessions: Sessions | None = None
-        self._relay: Relay | None = None
+        self._door: FrontDoor | None = None
 
     async def keep(self, on_ready: Callable[[str], None]) -> None:
         """Hold the machine, serve it, and return after SIGTERM, SIGINT or `stop`.
@@ -57,6 +59,7 @@ class Keeper:
         record = self._record
         files = paths.MachinePaths(record.name)
         loop = asyncio.get_running_loop()
+        process.raise_descriptor_limit(_DESCRIPTORS)
         async with AsyncExitStack() as stack:
             way = choose(record, self._config)
             await stack.enter_async_context(state.keep(record.name, purpose=self._purpose, alone=way.single))
@@ -69,27 +72,32 @@ class Keeper:
             if not way.single:
                 ports = today(record, self._config)
                 await stack.enter_async_context(Ports(pool, serial=ports.serial, health=ports.health))
-            if self._with_relay:
-                registry = Registry.load(paths.user_languages())
-                self._relay = await stack.enter_async_context(
-                    Relay(self._config.relay, self._config.limits, registry, record.languages, record.name, pool)
+            door = self._door = await stack.enter_async_context(
+                FrontDoor(
+                    self._config, self._load, name=record.name, installed=record.languages, pool=pool,
+                    relay=self._with_relay,
                 )
+            )  # fmt: skip
+            loop.add_signal_handler(signal.SIGHUP, door.reload_soon)
+            stack.callback(loop.remove_signal_handler, signal.SIGHUP)
             await self._first(pool)
             if self._stop.is_set():
                 return
-            await stack.enter_async_context(ControlServer(files.control_socket, pool, self._sessions, self._answer))
-            address = self._relay.address if self._relay else ""
-            self._remember(address)
-            on_ready(address)
-            notify("READY=1")
+            await stack.enter_async_context(
+                ControlServer(files.control_socket, pool, self._sessions, self._answer, door.runs)
+            )
+            self._remember(door.address)
+            on_ready(door.address)
+            service.notify("READY=1")
+            await stack.enter_async_context(service.alive())
             await self._stop.wait()
-            notify("STOPPING=1")
+            service.notify("STOPPING=1")
             log.info("stopping: %d running", pool.status()["busy"])
-            if self._relay:
-                self._relay.close()
+            door.close()
             self._sessions.end_idle()
             if not await pool.drain(DRAIN):
                 log.warning("programs that still run after %.0f s are ended", DRAIN)
+            await door.drain(_ANSWERS)
 
     async def _first(self, pool: Pool) -> None:
         """Wait for the first machine, or for the order to stop."""
@@ -138,12 +146,13 @@ class Keeper:
 
     async def _status(self, pool: Pool) -> dict[str, object]:
         assert self._sessions
+        assert self._door
         way = pool.way
         return {
             **pool.status(),
             "snapshot": way.plan.loadvm if way.single else None,
             "sessions": len(self._sessions.list()),
-            "relay": self._relay.address if self._relay else None,
+            **self._door.status(),
         }
 
     async def _open_session(self, sessions: Sessions, question: dict[str, object]) -> dict[str, object]:
@@ -233,13 +242,6 @@ def make_pool(way: ways.Way, config: Config) -> Pool:
         most=max(1, min(most, carried)),
         queue=config.relay.queue,
         queue_wait=config.relay.queue_wait,
+        watchdog=config.watchdog,
+        no_revert=config.relay.no_revert,
     )
-
-
-def notify(text: str) -> None:
-    """Tell systemd how we are, when it started us (sd_notify(3))."""
-    address = os.environ.get("NOTIFY_SOCKET", "")
-    if not address:
-        return
-    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-        sock.sendto(text.encode(), "\0" + address[1:] if address.startswith("@") else address)

@@ -28,12 +28,14 @@ from pbotvm_qemu.plan import (
     open_vsock,
     system_user,
 )
+from pbotvm_qemu.watchdog import LOST, Watchdog
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
     from contextlib import AbstractAsyncContextManager
 
     from pbotvm_qemu.channel import OnOutput, Outcome
+    from pbotvm_qemu.config import WatchdogConfig
     from pbotvm_qemu.guest.spec import RunSpec
     from pbotvm_qemu.template import Frozen
 
@@ -396,6 +398,19 @@ class VirtualMachine:
         return template.SavedState(state_file, disk)
 
     # End -------------------------------------------------------------------------------------------------------------
+
+    async def watch(self, config: WatchdogConfig, idle: Callable[[], bool]) -> str:
+        """Return why this machine must be put back, once that is so; see Watchdog."""
+        reason = await Watchdog(
+            config,
+            cpu=lambda: process.cpu_seconds(self.pid),
+            ping=lambda within: self.channel.ping(timeout=within),
+            lost=self.channel.lost,
+            idle=idle,
+        ).offence()
+        if reason == LOST:  # when it was QEMU that went, its end is the better reason, and comes in a moment
+            await asyncio.wait({self.exited}, timeout=1.0)
+        return reason
 
     async def _quit(self) -> None:
         """Ask QEMU to end by itself, when its files outlive it."""

@@ -12,12 +12,13 @@ import itertools
 import logging
 import os
 import time
-from collections import deque
+from collections import Counter, deque
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Self
 
 from pbotvm_qemu import process
-from pbotvm_qemu.errors import GuestError, HostError, MonitorError, NeverRanError, PbotVMError
+from pbotvm_qemu.config import WatchdogConfig
+from pbotvm_qemu.errors import GuestError, HostError, MonitorError, NeverRanError, PbotVMError, UsedMachineError
 from pbotvm_qemu.guest import spec as specs
 from pbotvm_qemu.turns import Turns
 
@@ -93,6 +94,8 @@ class Pool:
         most: int = 1,
         queue: int = 64,
         queue_wait: float = 60.0,
+        watchdog: WatchdogConfig | None = None,
+        no_revert: bool = False,
     ) -> None:
         self.way = way
         self._memory = way.plan.config.memory
@@ -100,6 +103,8 @@ class Pool:
         self._size = 1 if way.single else min(size, self._most)
         self._queue = queue
         self._queue_wait = queue_wait
+        self._watchdog = watchdog or WatchdogConfig()
+        self._no_revert = no_revert and way.single  # a clone serves once
         self._turns: Turns[Lease] = Turns()
         self._ready: deque[Lease] = deque()
         self._alive: set[Lease] = set()
@@ -115,6 +120,7 @@ class Pool:
         self.runs = 0
         self.starts = 0
         self.deaths = 0
+        self.reverts: Counter[str] = Counter()  # by reason
 
     async def __aenter__(self) -> Self:
         self._refill()
@@ -171,6 +177,7 @@ class Pool:
             "runs": self.runs,
             "starts": self.starts,
             "deaths": self.deaths,
+            "reverts": dict(self.reverts),
             "revert": self.way.name,
             "revert_why": self.way.why,
             "pids": sorted(lease.machine.pid for lease in self._alive),
@@ -222,11 +229,16 @@ class Pool:
     ) -> Outcome:
         """Run a program on a clean machine, see Channel.execute for what is raised."""
         begin = time.monotonic()
-        async with self.lease(caller=caller) as lease:
-            queued = time.monotonic() - begin
-            return self.signed(
-                await self.execute(lease, spec, content, on_output=on_output, stdin=stdin), lease, queued
-            )
+        while True:
+            async with self.lease(caller=caller) as lease:
+                queued = time.monotonic() - begin
+                try:
+                    outcome = await self.execute(lease, spec, content, on_output=on_output, stdin=stdin)
+                except UsedMachineError:  # over its serial line, by a peer of PBot's: it is put back now
+                    if queued < self._queue_wait:
+                        continue
+                    raise
+                return self.signed(outcome, lease, queued)
 
     async def execute(
         self,
@@ -409,6 +421,7 @@ class Pool:
         outcome = await lease.machine.execute(_PROOF, [], on_output=ignore)
         if outcome.status != 0:
             raise GuestError(f"machine {lease.clone} cannot run a program: {outcome.message or outcome.exit_code}")
+        # A single machine has serial lines, on which peers of PBot's want answers.
         if not len(self._turns) and not self.way.single:
             await lease.machine.sleep()
             lease.asleep = True
@@ -418,8 +431,10 @@ class Pool:
         try:
             while await self._used_and_well(lease):
                 lease.returned.clear()
-                if not lease.clean and not await self.way.renew(lease.machine):
-                    break
+                if not lease.clean and not self._no_revert:
+                    self.reverts["run"] += 1
+                    if not await self.way.renew(lease.machine):
+                        break
                 if not lease.asleep:
                     await self._prepare(lease)
                 self._offer(lease)
@@ -429,21 +444,30 @@ class Pool:
             await self._end(lease)
 
     async def _used_and_well(self, lease: Lease) -> bool:
-        """Wait until the machine is given back or dies; tell whether it can be used again."""
+        """Wait until the machine is given back, dies or falls sick; tell whether it can be used again."""
         returned = asyncio.create_task(lease.returned.wait())
+        sick = asyncio.create_task(lease.machine.watch(self._watchdog, lambda: not lease.out and not lease.asleep))
         try:
-            await asyncio.wait({returned, lease.machine.exited}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({returned, lease.machine.exited, sick}, return_when=asyncio.FIRST_COMPLETED)
             if lease.out:  # whoever has it sees its end first, and then gives it back
                 await returned
+            reason = "died" if not lease.machine.alive else "lost" if lease.lost else ""
+            if not reason and sick.done() and not returned.done():
+                reason = sick.result()
         finally:
-            returned.cancel()
-        if lease.machine.alive and not lease.lost:
+            for task in (returned, sick):
+                task.cancel()
+            await asyncio.gather(returned, sick, return_exceptions=True)
+        if not reason:
             return not self._draining
-        if not lease.machine.alive:
-            self.deaths += 1
+        if reason == "died":
             log.error("QEMU of machine %s died: %s", lease.clone, lease.machine.log_tail() or "its log is empty")
-        elif lease.out:
-            self.deaths += 1
+        if lease in self._ready:
+            self._ready.remove(lease)  # nobody must get it while it is ended
+        if lease.out or reason != "lost":
+            self.deaths += reason in ("died", "lost")
+            self.reverts[reason] += 1
+            log.warning("revert machine=%s pid=%d reason=%s", lease.clone, lease.machine.pid, reason)
         return False
 
     async def _end(self, lease: Lease) -> None:

@@ -15,7 +15,7 @@ from pbotvm_qemu.config import LOOPBACK
 from pbotvm_qemu.errors import HostError, NeverRanError
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Mapping
 
     from pbotvm_qemu.pool import Pool
 
@@ -36,7 +36,7 @@ class Ports:
         self._pool = pool
         self._wanted: tuple[tuple[int, str, Serve], ...] = (
             (serial, "PBOTVM_SERIAL", self._line),
-            (health, "PBOTVM_HEALTH", self._beat),
+            (health, "PBOTVM_HEALTH", self._health),
         )
         self._servers: list[asyncio.Server] = []
         self._sessions: set[asyncio.Task[None]] = set()
@@ -99,13 +99,36 @@ class Ports:
                 await asyncio.gather(*ways, return_exceptions=True)
                 guest_writer.close()
 
-    async def _beat(self, _reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Send a line feed every few seconds while programs can be run."""
+    async def _health(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Tell a host of either era that programs can be run: line feeds until it asks, then answers to its lines.
+
+        While they cannot, say nothing: both eras take that for what it is.
+        """
+        asked = False
         while True:
-            if not self._pool.problem:
+            if not self._pool.problem and not asked:
                 writer.write(b"\r\n")
                 await writer.drain()
-            await asyncio.sleep(_BEAT)
+            try:
+                async with asyncio.timeout(_SILENCE if asked else _BEAT):
+                    data = await reader.read(_CHUNK)
+            except TimeoutError:
+                if asked:
+                    return
+                continue
+            if not data:
+                return
+            asked = True
+            if b"\n" in data and not self._pool.problem:
+                writer.write(health_text(self._pool.status()))
+                await writer.drain()
+
+
+def health_text(status: Mapping[str, object]) -> bytes:
+    """Return the answer to one question: figures that people read, an empty line, and the end that PBot's host waits for."""
+    names = ("ready", "busy", "waiting", "runs")
+    figures = (" ".join(names), " ".join(str(status.get(name)) for name in names))
+    return "".join(f"{line}\r\n" for line in (*figures, "", ":END")).encode()
 
 
 async def _copy(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:

@@ -62,9 +62,12 @@ async def run(
     timeout: float = 60.0,
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
+    data: bytes | None = None,
     on_line: Callable[[str], None] | None = None,
 ) -> Completed:
     """Run `argv` to its end and return what happened; `on_line` sees each line of stderr as it comes.
+
+    It reads `data` on standard input, else nothing.
 
     Raises CommandError when it cannot be started or takes longer than `timeout` seconds; on that, and when the caller
     is cancelled, the program and what it started are gone before this returns.
@@ -72,7 +75,7 @@ async def run(
     try:
         child = await asyncio.create_subprocess_exec(
             *argv,
-            stdin=asyncio.subprocess.DEVNULL,
+            stdin=asyncio.subprocess.DEVNULL if data is None else asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
             env=dict(env) if env is not None else None,
@@ -87,6 +90,9 @@ async def run(
         asyncio.create_task(_read(child.stdout, None)),
         asyncio.create_task(_read(child.stderr, on_line)),
     ]
+    if child.stdin:
+        child.stdin.write(data or b"")
+        child.stdin.close()
     finished = False
     try:
         async with asyncio.timeout(timeout):
@@ -212,12 +218,29 @@ def usage(pid: int) -> Usage | None:
         return None
 
 
+def raise_descriptor_limit(wanted: int) -> None:
+    """Let this process have `wanted` open descriptors, or as many as the hard limit allows."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < allowed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+
+
 def children_cpu() -> float:
     """Return the processor seconds of this process and of all its children that have ended."""
     return sum(
         used.ru_utime + used.ru_stime
         for used in (resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN))
     )
+
+
+def cpu_seconds(pid: int) -> float | None:
+    """Return the processor time that process `pid` has used, or None when it is gone."""
+    try:
+        times = psutil.Process(pid).cpu_times()
+        return float(times.user + times.system)
+    except psutil.NoSuchProcess:
+        return None
 
 
 def memory_available() -> int:

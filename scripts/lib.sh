@@ -54,6 +54,8 @@ nft nftables nftables nftables nftables
 cpio cpio cpio cpio cpio
 gcc gcc gcc gcc gcc
 /usr/include/stdio.h libc6-dev glibc-devel glibc glibc-devel
+nc netcat-openbsd nmap-ncat openbsd-netcat netcat-openbsd
+systemd-analyze systemd systemd systemd systemd
 END
     fi
 }

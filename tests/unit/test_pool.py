@@ -39,6 +39,10 @@ class Machine:
         self.proofs = 0
         self.stopped = False
         self.hold: asyncio.Event | None = None
+        self.sick: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+    async def watch(self, _config: object, _idle: object) -> str:
+        return await asyncio.shield(self.sick)
 
     @property
     def alive(self) -> bool:
@@ -359,3 +363,15 @@ async def test_draining_refuses_new_and_waiting_callers_and_lets_others_end() ->
 def test_room_leaves_a_tenth_of_the_memory() -> None:
     assert pools.room(512 << 20, 10 * (768 << 20)) == 9
     assert pools.room(512 << 20, 100 << 20) == 0
+
+
+async def test_a_machine_that_falls_sick_in_the_pool_is_replaced_and_counted_by_reason() -> None:
+    way = Way()
+    async with running(way, size=1, most=1) as pool:
+        await settle(pool, 1)
+        way.made[0].sick.set_result("agent-silent")
+        while not way.made[0].stopped:
+            await asyncio.sleep(0.001)
+        assert pool.status()["reverts"] == {"agent-silent": 1}
+        async with pool.lease() as lease:
+            assert lease.number == 2

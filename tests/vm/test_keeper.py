@@ -53,7 +53,7 @@ def test_the_relay_takes_a_line_that_ends_with_the_connection(kept_env: Env) -> 
     [
         (b"-lang=sh true\n", b"Success (no output).\n"),
         (b"-lang=sh exit 3\n", b"Exit 3.\n"),
-        (b"-lang=sh echo hi; exit 3\n", b"hi [Exit 3]\n"),
+        (b"-lang=sh echo hi; exit 3\n", b"hi\n [Exit 3]\n"),
         (b"-lang=sh -args \"'a b' c\" echo $1 -stdin x\n", b"a b\n"),
         (b"-lang=sh cat -stdin one\\ntwo\n", b"one\ntwo\n"),
         (b'{"code":""}\n', b"Usage: cc [-lang="),

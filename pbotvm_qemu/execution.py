@@ -7,6 +7,7 @@ import base64
 import contextlib
 import json
 import os
+import signal
 import sys
 import threading
 from dataclasses import dataclass, replace
@@ -204,6 +205,7 @@ def report(language: str, outcome: Outcome, sink: Sink) -> dict[str, object]:
     return result | {
         "exit_code": outcome.exit_code,
         "signal": outcome.signal,
+        "signal_name": signal_name(outcome.signal),
         "timed_out": outcome.timed_out,
         "truncated": outcome.truncated,
         "limit": outcome.limit,
@@ -221,10 +223,20 @@ def report(language: str, outcome: Outcome, sink: Sink) -> dict[str, object]:
     }
 
 
+def signal_name(number: int | None) -> str | None:
+    """Return the name of a signal, such as SIGSEGV; None for none, and for one that has none."""
+    with contextlib.suppress(ValueError):
+        return None if number is None else signal.Signals(number).name
+    return None
+
+
 def remarks(outcome: Outcome, limits: Limits) -> list[str]:
     """Return what a person must be told beside the program's own output."""
+    building = outcome.stage == "build"
     told = {
-        "wall": f"the program was ended after {limits.wall:g} s; --timeout allows more",
+        "wall": "the compiler was ended because its time was over; `languages show` says how much it has"
+        if building
+        else f"the program was ended after {limits.wall:g} s; --timeout allows more",
         "output": f"the output was cut at {config.format_size(limits.output)}; --output-limit allows more",
         "memory": "the program was ended because it used more memory than there is",
         "cpu": "the program was ended because it used all of its processor time; --timeout allows more",

@@ -210,7 +210,7 @@ class Run:
 
     # Files -------------------------------------------------------------------------------------------------------------
 
-    def _give(self, path: str) -> None:
+    def _give(self, path: str | int) -> None:
         if self._owner.uid is not None and self._owner.gid is not None:
             os.chown(path, self._owner.uid, self._owner.gid)
 
@@ -269,6 +269,8 @@ class Run:
             os.set_blocking(self._stdin, False)
         else:
             stdin_child = os.open("/dev/null", os.O_RDONLY)
+        for fd in (stdout_child, stderr_child, *([stdin_child] if self._stdin >= 0 else [])):
+            self._give(fd)  # so that the program can open /dev/stdin, /dev/stdout and /dev/stderr
         pid = os.fork()
         if not pid:
             self._become(argv, own, stdin_child, stdout_child, stderr_child, error_child)

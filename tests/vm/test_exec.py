@@ -74,6 +74,13 @@ def test_both_streams_keep_the_order_of_writing(vm_env: Env) -> None:
     assert report["output"] == "".join(f"out{i}\nerr{i}\n" for i in range(1, 10))
 
 
+def test_the_streams_can_be_opened_by_their_names(vm_env: Env) -> None:
+    result = cli(
+        vm_env, "exec", "-lang=sh", "cat /dev/stdin; echo out >/dev/stdout; echo err >/dev/stderr", data=b"in\n"
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (0, b"in\nout\n", b"err\n")
+
+
 def test_output_comes_while_the_program_runs(vm_env: Env) -> None:
     """The program waits for an answer to what it printed; were output kept back, this would end by the time limit."""
     child = popen(vm_env, "exec", "--timeout", "60", "-lang=sh", "echo question; read answer; echo got $answer")

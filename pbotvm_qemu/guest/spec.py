@@ -7,7 +7,7 @@ from typing import NamedTuple
 from . import wire
 
 OWN = "pbotvm:"  # begins the first word of a step that is the agent's own, see source/build.py
-REPORT_SECONDS = 20.0  # that the debugger may look at what a program left
+REPORT_SECONDS = 30.0  # that the debugger may look at what a program left
 NAME_MAX = 255  # bytes in a file name, as in ext4
 _ARGUMENT_MAX = 128 * 1024 - 1  # Linux: MAX_ARG_STRLEN
 

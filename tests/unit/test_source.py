@@ -114,6 +114,12 @@ def test_every_statement_has_a_place_of_its_own() -> None:
         assert f'#line {line} "{part}/prog.c"' in prepared.text
 
 
+def test_where_a_function_begins_is_no_statement() -> None:
+    assert c.prepare("int f(int n) { return f(n + 1); } f(0)", C).statements == {
+        "0:1": "", "1:1": "return f(n + 1);", "2:1": "}", "3:1": "f(0);"
+    }  # fmt: skip
+
+
 def test_columns_are_the_callers() -> None:
     lines = c.prepare("int a; int bb; int ccc;", C).text.split("\n")
     assert lines[lines.index('#line 1 "1/prog.c"') + 1].index("int bb") == 7

@@ -287,6 +287,7 @@ class _Writer:
             self._copy(piece.first, piece.last)
             return
         self._place(piece.first)
+        self._statements.setdefault(f"{self._part}:{self._line}", "")  # where a function begins is no statement
         self._copy(piece.first, piece.body + 1)
         body = piece.body + 1
         if piece.name == "main":
@@ -462,9 +463,9 @@ class _Writer:
         place = f'#line {self._line} "{OURS}-{self._part}/{self._options.file}"'
         self._out.append(f';}}\n{place}\nPBOTVM_LAST("{quoted}", (')
         self._copy(first, end)
-        self._out.append("\n))\n#else\n")
-        self._line, self._copied = 0, -1
-        self._write(first, end)
+        folder = f"{self._part}/" if self._part else ""
+        self._out.append(f'\n))\n#else\n#line {self._line} "{folder}{self._options.file}"\n')
+        self._copy(first, end)
         self._out.append(";\n#endif\n")
         self._line, self._copied = 0, -1
 

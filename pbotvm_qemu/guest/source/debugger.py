@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _TEXT_MAX = 2000  # characters of one report
 _VALUE_MAX = 300  # of one value
 _FRAMES_MAX = 64  # that are looked at
-_SHOWN_MAX = 8  # calls that are named
+_SHOWN_MAX = 6  # calls that are named
 _HOOKS = ("pbotvm_leaves_main", "pbotvm_end_of_main", "pbotvm_last", "pbotvm_last_place")
 _SETTINGS = (
     "confirm off", "pagination off", "width 0", "height 0", "style enabled off", "print null-stop on",
@@ -189,8 +189,9 @@ def _place(frame: Any, facts: Facts) -> str:
     if folder.endswith("pbotvm"):
         return "?"
     for line in range(place.line, max(0, place.line - 20), -1):
-        if text := facts.statements.get(f"{part}:{line}"):
-            return text
+        text = facts.statements.get(f"{part}:{line}")
+        if text is not None:
+            return text or "?"
         part = part if line == place.line and part == "0" else "0"
     return "?"
 

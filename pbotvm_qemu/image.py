@@ -44,6 +44,8 @@ _FORMAT = 1  # of the folder; a change makes every image anew
 _BUILD_TIMEOUT = 3600.0  # seconds for mmdebstrap, mirror included
 _STEP_TIMEOUT = 900.0
 FREE_MIN = 3 << 30  # bytes that a build needs on the cache's file system
+_LANGUAGES_FREE = 12  # that FREE_MIN is enough for
+_LANGUAGE_ROOM = 320 << 20  # bytes for each one more: archive, tree and disk exist at once
 _FILES = ("root.qcow2", "vmlinuz", "boot.cpio")
 
 # What mmdebstrap says at the begin of a stage, our name for it, and how much of the build is done by then.
@@ -213,9 +215,10 @@ def _alone(lock: Path) -> Iterator[None]:
 
 async def _build(recipe: Recipe, progress: Progress) -> Image:
     free = shutil.disk_usage(paths.images()).free
-    if free < FREE_MIN:
+    need = FREE_MIN + max(0, len(recipe.languages) - _LANGUAGES_FREE) * _LANGUAGE_ROOM
+    if free < need:
         raise HostError(
-            f"{paths.images()} has {config.format_size(free)} of free space, an image needs {config.format_size(FREE_MIN)}",
+            f"{paths.images()} has {config.format_size(free)} of free space, an image needs {config.format_size(need)}",
             hint="free some space, or set XDG_CACHE_HOME to a larger disk",
         )
     work = Path(tempfile.mkdtemp(prefix=".building-", dir=paths.images()))

@@ -46,7 +46,9 @@ async def execute(
     `session` runs it in that session of the keeper instead. Raises UsageError and UnknownLanguageError before anything is started; see Channel.execute for the rest.
     """
     record = state.ready(wanted.machine or config.machine.name)
-    language = Registry.load(paths.user_languages()).find(wanted.language, record.languages)
+    language = Registry.load(paths.user_languages(), only=wanted.language.lower()).find(
+        wanted.language, record.languages
+    )
     spec, content = request.render(
         wanted, language, config.limits, stdin=stdin is not None, code=code, files=files, collect=collect
     )

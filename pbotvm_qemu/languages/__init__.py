@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,28 +54,19 @@ class Registry:
                 self._aliases.setdefault(alias, language)
 
     @classmethod
-    def load(cls, extra: Path | None = None) -> Registry:
+    def load(cls, extra: Path | None = None, *, only: str | None = None) -> Registry:
         """Return our own languages, with those in folder `extra` added or replaced.
 
-        A file that is refused is in `problems`; so is the language that it would have replaced.
+        A file that is refused is in `problems`; so is the language that it would have replaced. When `only` is the
+        name of a file, just that language is read: who runs one program need not wait for fifty files.
         """
-        sources: dict[str, Source] = {}
-        shipped: dict[str, Source] = {}
-        problems: dict[str, ConfigError] = {}
-        for folder in (Path(__file__).parent, extra):
-            if folder is None or not folder.is_dir():
-                continue
-            for file in sorted(folder.glob("*.toml")):
-                sources.pop(file.stem, None)
-                try:
-                    sources[file.stem] = Source.decode(file.stem, _read(file), str(file))
-                except ConfigError as exc:
-                    problems[file.stem] = exc
-            shipped = shipped or dict(sources)
+        files = _Files(extra)
+        wanted = [only] if only is not None and only in files.names else list(files.names)
         languages = []
-        for name, source in sources.items():
+        problems: dict[str, ConfigError] = {}
+        for name in wanted:
             try:
-                languages.append(parse(_resolve(source, sources, shipped)))
+                languages.append(parse(files.resolve(files.source(name))))
             except ConfigError as exc:
                 problems[name] = exc
         return cls(languages, problems)
@@ -128,17 +120,44 @@ def _read(file: Path) -> str:
         raise ConfigError(f"{file}:{line}: not UTF-8 text", hint="fix or remove the file") from exc
 
 
-def _resolve(source: Source, sources: Mapping[str, Source], shipped: Mapping[str, Source]) -> Source:
-    """Return `source` with everything that it takes over through `like`. Raises ConfigError when that leads nowhere."""
-    base, here = source, source
-    for _ in range(_LIKE_MAX):
-        name = here.table.get("like")
-        if name is None:
-            return base
+class _Files:
+    """The language files of the package and of the operator, read when they are asked for."""
+
+    def __init__(self, extra: Path | None) -> None:
+        self._shipped = {file.stem: file for file in sorted(Path(__file__).parent.glob("*.toml"))}
+        own = {file.stem: file for file in sorted(extra.glob("*.toml"))} if extra is not None and extra.is_dir() else {}
+        self.names = {**self._shipped, **own}
+
+    def source(self, name: str) -> Source:
+        """Return the file of language `name`. Raises ConfigError when it cannot be read."""
+        return _source(self.names[name])
+
+    def resolve(self, source: Source) -> Source:
+        """Return `source` with all that it takes over through `like`. Raises ConfigError when that leads nowhere."""
+        base, here = source, source
+        for _ in range(_LIKE_MAX):
+            name = here.table.get("like")
+            if name is None:
+                return base
+            here = self._liked(name, here, source)
+            base = base.like(here)
+        raise source.error(
+            "like leads through too many files, or in a circle", "like", hint="name a file without `like`"
+        )
+
+    def _liked(self, name: object, here: Source, source: Source) -> Source:
         # A file that replaces one of ours may stand on what it replaces.
-        found = shipped.get(here.name) if name == here.name else sources.get(name) if isinstance(name, str) else None
-        if found is None or found is here:
-            raise source.error(f"like = {str(name)[:40]!r} names no language file that can be read", "like",
-                               hint="name another language file")  # fmt: skip
-        base, here = base.like(found), found
-    raise source.error("like leads through too many files, or in a circle", "like", hint="name a file without `like`")
+        files = self._shipped if name == here.name else self.names
+        file = files.get(name) if isinstance(name, str) else None
+        if file is not None and str(file) != here.where:
+            with contextlib.suppress(ConfigError):  # which is told of that file
+                return _source(file)
+        raise source.error(
+            f"like = {str(name)[:40]!r} names no language file that can be read",
+            "like",
+            hint="name another language file",
+        )
+
+
+def _source(file: Path) -> Source:
+    return Source.decode(file.stem, _read(file), str(file))

@@ -252,3 +252,11 @@ def test_flags_of_the_preparation_do_not_replace_the_options_of_the_compiler() -
     assert json.loads(build[1])["flags"] == ["-nomain", "-include", "math.h"]
     assert set(c11.options) <= set(build)
     assert not set(c11.options) & set(c11.steps(["-noheaders", "-O2"], [])[0])
+
+
+@pytest.mark.parametrize("name", ["perl", "clang89", "c", "CPP"])
+def test_one_language_is_the_same_read_alone(tmp_path: Path, name: str) -> None:
+    (tmp_path / "bad.toml").write_text("run = 1\n")
+    alone = Registry.load(tmp_path, only=name.lower())
+    assert alone.find(name) == REGISTRY.find(name)
+    assert len(alone.languages) in (1, len(REGISTRY.languages))

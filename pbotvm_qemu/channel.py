@@ -148,14 +148,22 @@ class Channel:
         words = (str(answer.get(key, ""))[:100] for key in ("agent", "transport", "kernel", "hostname"))
         return Hello(*(word if word.isprintable() else "?" for word in words))
 
-    async def resume(self, hostname: str, *, timeout: float = 10.0) -> None:
-        """Give the guest today's time, fresh random numbers and a name. Raises GuestError when it does not confirm."""
-        await self._ask(FrameType.RESUME, wire.encode_json, _identity(hostname), timeout)
+    async def resume(self, hostname: str, *, network: dict[str, object] | None = None, timeout: float = 10.0) -> None:
+        """Give the guest today's time, fresh random numbers, a name, and `network` when it has a card.
+
+        Raises GuestError when it does not confirm.
+        """
+        identity = _identity(hostname) if network is None else _identity(hostname) | {"network": network}
+        await self._ask(FrameType.RESUME, wire.encode_json, identity, timeout)
 
     def resume_soon(self, hostname: str) -> None:
         """Do the same before whatever is sent next, without waiting for the answer."""
         if not self._lost:
             self._write(wire.encode_json(FrameType.RESUME, next(self._ids), _identity(hostname)))
+
+    async def switch_network(self, network: dict[str, object] | None) -> None:
+        """Switch the guest's network card on as `network` says, or off. Raises GuestError when it does not confirm."""
+        await self._ask(FrameType.RESUME, wire.encode_json, {"network": network or False}, 10.0)
 
     async def ping(self, *, timeout: float = 5.0) -> float:
         """Return the seconds that one empty question takes. Raises GuestError when none comes back."""

@@ -17,7 +17,7 @@ from pbotvm_qemu import __version__
 from pbotvm_qemu.errors import OURS, PbotVMError, StateError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
+    from collections.abc import Callable, Coroutine
     from typing import TypeVar
 
     from rich.console import Group
@@ -41,6 +41,8 @@ sessions = typer.Typer(
 app.add_typer(sessions, name="session")
 languages = typer.Typer(help="Languages: what a machine has, how each is run, and whether it works.")
 app.add_typer(languages, name="languages")
+networks = typer.Typer(help="Networks of machines: bridges, addresses, rules.", no_args_is_help=True)
+app.add_typer(networks, name="net")
 
 
 def complete_machine(incomplete: str) -> list[str]:
@@ -55,6 +57,20 @@ def complete_language(incomplete: str) -> list[str]:
     from pbotvm_qemu.languages import Registry
 
     return [name for name in sorted(Registry.load().languages) if name.startswith(incomplete)]
+
+
+def complete_mode(incomplete: str) -> list[str]:
+    """Return the network modes that begin with `incomplete`, for the shell."""
+    from pbotvm_qemu import policy
+
+    return [mode for mode in policy.MODES if mode.startswith(incomplete)]
+
+
+def complete_network(incomplete: str) -> list[str]:
+    """Return the networks whose names begin with `incomplete`, for the shell."""
+    from pbotvm_qemu import addresses
+
+    return [name for name in addresses.NAMES if name.startswith(incomplete)]
 
 
 Name = Annotated[
@@ -78,7 +94,7 @@ def _config(name: str | None = None, **changes: object) -> Config:
 
     loaded = config.load(paths.config_file())
     changed = config.override(loaded, "machine", name=config.machine_name(name) if name else None)
-    for table in ("machine", "limits", "relay", "pool"):
+    for table in ("machine", "limits", "relay", "pool", "network"):
         mine = {key.removeprefix(f"{table}_"): value for key, value in changes.items() if key.startswith(f"{table}_")}
         changed = config.override(changed, table, **mine)
     return changed
@@ -161,6 +177,9 @@ def create(
     memory: Annotated[Optional[str], typer.Option(help="Guest memory, such as 512M.")] = None,
     cpus: Annotated[Optional[int], typer.Option(help="Number of processors.")] = None,
     disk_size: Annotated[Optional[str], typer.Option(help="Size of the sparse disk, such as 12G.")] = None,
+    net: Annotated[
+        Optional[str], typer.Option(help="Network mode; default: none.", autocompletion=complete_mode)
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Make it anew when it exists.")] = False,
     if_missing: Annotated[bool, typer.Option("--if-missing", help="Do nothing when it exists.")] = False,
     as_json: Json = False,
@@ -168,7 +187,7 @@ def create(
     """Build the image, boot, warm up every language, and take the clean snapshot."""
     from pbotvm_qemu import commands, creation, state
 
-    config = _config(name, machine_memory=memory, machine_cpus=cpus, machine_disk_size=disk_size)
+    config = _config(name, machine_memory=memory, machine_cpus=cpus, machine_disk_size=disk_size, machine_net=net)
     wanted = config.machine.name
     if if_missing and commands.summary(wanted)["state"] not in ("creating", "damaged"):
         _say(f"machine {wanted} exists already")
@@ -669,10 +688,17 @@ def bench(
     plot: Annotated[
         Optional[str], typer.Option("--plot", help="Draw the ways back to clean into this SVG file.")
     ] = None,
+    net: Annotated[
+        bool, typer.Option("--net", help="Measure networks instead: throughput and latency of each mode (root).")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Measure boot, clones, exec and revert on this host."""
     from pathlib import Path
+
+    if net:
+        _bench_net(name, as_json=as_json)
+        return
 
     from pbotvm_qemu import bench as benchmark
     from pbotvm_qemu import plot as plots
@@ -685,6 +711,25 @@ def bench(
     else:
         for line in benchmark.table(report):
             typer.echo(line)
+
+
+def _bench_net(name: str | None, *, as_json: bool) -> None:
+    from pbotvm_qemu import bench_net
+
+    report = _run(bench_net.measure(_config(name), _say))
+    if as_json:
+        _print_json({"networks": report})
+    else:
+        for line in bench_net.table(report):
+            typer.echo(line)
+
+
+@app.command(name="bench-net", hidden=True)
+def bench_net_inside(name: str, world: str) -> None:
+    """Measure networks in the namespace that `bench --net` made."""
+    from pbotvm_qemu import bench_net
+
+    _print_json(_run(bench_net.inside(_config(name), world)))
 
 
 @snapshots.command(name="list")
@@ -808,6 +853,97 @@ def session_revert(id_: Id, tag: str, *, vm: Machine = None) -> None:
 def session_fork(id_: Id, *, vm: Machine = None, as_json: Json = False) -> None:
     """Open a second session with a copy of this one's running machine, and print its id."""
     _show_session(_ask_session(vm, {"do": "session-fork", "id": id_}), as_json=as_json)
+
+
+Networks = Annotated[
+    list[str] | None,
+    typer.Argument(help="nat, isolated or bridge; default: nat and isolated.", autocompletion=complete_network),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")]
+
+
+def _steps(*, dry_run: bool, as_json: bool) -> tuple[list[str], Callable[[str], None]]:
+    """Return a list of steps, and what takes each and shows it at once, unless JSON comes later."""
+    done: list[str] = []
+
+    def step(what: str) -> None:
+        done.append(what)
+        if not as_json:
+            typer.echo(f"would {what}" if dry_run else what)
+
+    return done, step
+
+
+@networks.command(name="up")
+def net_up(
+    which: Networks = None,
+    *,
+    uplink: Annotated[
+        Optional[str], typer.Option(help="The interface of this host that goes into network bridge.")
+    ] = None,
+    within: Annotated[
+        float, typer.Option("--confirm-within", min=1, max=3600, help="Seconds until an uplink is put back.")
+    ] = 30.0,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Make what guests' networks need, as far as it is missing; give running guests today's policy."""
+    from pbotvm_qemu import network_commands
+
+    done, step = _steps(dry_run=dry_run, as_json=as_json)
+    wanted = network_commands.names(which or [])
+    waits = _run(
+        network_commands.up(_config().network, wanted, uplink=uplink, within=within, dry_run=dry_run, on_step=step)
+    )
+    if as_json:
+        _print_json({"steps": done, "done": not dry_run, "unconfirmed": waits})
+    elif not done:
+        _say("nothing to do: everything is there")
+    if waits:
+        _say(f"is this host still reached? then type within {within:.0f} s: pbotvm-qemu net confirm")
+
+
+@networks.command(name="confirm")
+def net_confirm() -> None:
+    """Keep an uplink in its bridge, which else is put back after a while."""
+    from pbotvm_qemu import network_commands
+
+    _say(f"{_run(network_commands.confirm())} stays in its bridge")
+
+
+@networks.command(name="rollback", hidden=True)
+def net_rollback(*, after: Annotated[float, typer.Option(min=0)]) -> None:
+    """Put an uplink back unless it is confirmed in time: what `net up` puts into the background."""
+    from pbotvm_qemu import network_commands
+
+    _say("put back" if _run(network_commands.roll_back(after)) else "confirmed")
+
+
+@networks.command(name="down")
+def net_down(which: Networks = None, *, dry_run: DryRun = False, as_json: Json = False) -> None:
+    """Take networks away again: only what we made."""
+    from pbotvm_qemu import network_commands
+
+    done, step = _steps(dry_run=dry_run, as_json=as_json)
+    wanted = network_commands.names(which or [])
+    _run(network_commands.down(wanted, dry_run=dry_run, on_step=step))
+    if as_json:
+        _print_json({"steps": done, "done": not dry_run})
+    elif not done:
+        _say("nothing to do: there is nothing of ours")
+
+
+@networks.command(name="status")
+def net_status(*, as_json: Json = False) -> None:
+    """Show networks, guests, the policy, and what is in the way."""
+    from pbotvm_qemu import network_commands
+
+    report = _run(network_commands.status(_config().network))
+    if as_json:
+        _print_json(report)
+        return
+    for line in network_commands.lines(report):
+        typer.echo(line)
 
 
 def pbot_spelling(arguments: list[str]) -> list[str]:

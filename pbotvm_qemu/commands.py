@@ -15,6 +15,7 @@ from pbotvm_qemu import (
     control,
     image,
     keeper,
+    network_commands,
     paths,
     plan,
     process,
@@ -123,6 +124,7 @@ def summary(name: str) -> dict[str, object]:
         "memory": record.machine.memory,
         "cpus": record.machine.cpus,
         "disk_size": record.machine.disk_size,
+        "net": record.machine.net,
         "serial": record.machine.serial,
         "health": record.machine.health,
         "accelerator": record.accelerator,
@@ -310,7 +312,7 @@ async def remove(name: str, *, force: bool) -> None:
 class Leftover:
     """Something that a crash left behind."""
 
-    kind: str  # "process", "machine", "image build", "image", "runtime folder"
+    kind: str  # "process", "machine", "image build", "image", "network", "runtime folder"
     what: str
 
 
@@ -326,6 +328,7 @@ async def prune(*, dry_run: bool, images: bool) -> list[Leftover]:
         found.append(Leftover("image build", str(folder)))
         if not dry_run:
             shutil.rmtree(folder, ignore_errors=True)
+    found += [Leftover("network", what) for what in await network_commands.prune(dry_run=dry_run)]
     if images:
         used = {state.load(name).image for name in state.names() if summary(name)["state"] != "damaged"}
         for id_ in sorted(image.built() - used):

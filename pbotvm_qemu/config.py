@@ -26,7 +26,7 @@ import tomllib
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from pbotvm_qemu import endpoints
+from pbotvm_qemu import endpoints, policy
 from pbotvm_qemu.errors import ConfigError, UsageError
 
 if TYPE_CHECKING:
@@ -85,6 +85,7 @@ class MachineConfig:
     serial: int = 5555  # TCP port of the guest's third serial port
     health: int = 5556  # TCP port of the guest's fourth serial port
     cid: int = 7  # vsock context id, 0 for none; only on hosts with /dev/vhost-vsock
+    net: str = "none"  # network mode, see policy.MODES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,6 +155,36 @@ class PoolConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class NetworkConfig:
+    """The networks of machines whose `net` is not "none". No part of a snapshot: it can be changed at any time."""
+
+    subnet4: str = "auto"  # of mode nat: a private network of 32 addresses or more
+    subnet6: str = "auto"  # of mode nat, a /64; "none" for guests without IPv6
+    bridge: str = "pbot-br0"  # of mode bridge
+    addresses: tuple[str, ...] = ()  # of guests in mode bridge: FIRST-LAST/PREFIX
+    gateways: tuple[str, ...] = ()  # in mode bridge, one for each IP version
+    dns: tuple[str, ...] = ()  # name servers of guests; empty for those of this host
+    egress: str = "public"  # or "listed", see policy.Policy
+    allow: tuple[str, ...] = ()
+    rate: int = 10 << 20  # bytes per second of each guest in each direction, 0 for no limit
+    connections: int = 128  # of each guest at once, 0 for no limit
+    peers: bool = False  # whether guests in mode isolated reach each other
+    dhcp: bool = False  # whether guests in mode nat can ask for their address (dnsmasq)
+    forward: tuple[str, ...] = ()  # HOST-PORT:GUEST-PORT[/PROTOCOL], on the host's loopback
+
+    def policy(self) -> policy.Policy:
+        """Return what guests may do. The entries were checked when the configuration was read."""
+        return policy.Policy(
+            egress=self.egress,
+            allow=tuple(map(policy.parse_allow, self.allow)),
+            dns=self.dns,
+            rate=self.rate,
+            connections=self.connections,
+            forward=tuple(map(policy.parse_forward, self.forward)),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     """Everything that can be configured."""
 
@@ -165,11 +196,12 @@ class Config:
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     endpoints: endpoints.Endpoints = field(default_factory=endpoints.Endpoints)
+    network: NetworkConfig = field(default_factory=NetworkConfig)
     explicit: frozenset[str] = frozenset()  # machine settings that the environment or the command line made
 
 
 _SIZES = {("machine", "memory"), ("machine", "disk_size"), ("limits", "memory"), ("limits", "file_size"),
-          ("limits", "output"), ("relay", "output")}  # fmt: skip
+          ("limits", "output"), ("relay", "output"), ("network", "rate")}  # fmt: skip
 _RANGES: dict[tuple[str, str], tuple[float, float]] = {
     ("machine", "memory"): (128 << 20, 1 << 40),
     ("machine", "cpus"): (1, 64),
@@ -196,8 +228,14 @@ _RANGES: dict[tuple[str, str], tuple[float, float]] = {
     ("watchdog", "cpu"): (1, 6400),
     ("watchdog", "samples"): (1, 1000),
     ("metrics", "port"): (0, 65535),
+    ("network", "rate"): (0, 1 << 36),
+    ("network", "connections"): (0, 1 << 20),
 }
-_WORDS: dict[tuple[str, str], tuple[str, ...]] = {("pool", "revert"): ("auto", "clone", "loadvm", "restart")}
+_WORDS: dict[tuple[str, str], tuple[str, ...]] = {
+    ("pool", "revert"): ("auto", "clone", "loadvm", "restart"),
+    ("machine", "net"): policy.MODES,
+    ("network", "egress"): policy.EGRESS,
+}
 
 # (variables, newest first) -> where the value goes. Source: the predecessor's environment, both eras.
 _ENVIRONMENT: tuple[tuple[tuple[str, ...], str, str], ...] = (
@@ -213,8 +251,18 @@ _ENVIRONMENT: tuple[tuple[tuple[str, ...], str, str], ...] = (
 )
 _FALSE = ("", "0")  # in Perl, whose variables these are
 
-_TABLES = ("machine", "limits", "relay", "pool", "paste", "watchdog", "metrics")
-_Table = TypeVar("_Table", MachineConfig, Limits, RelayConfig, PoolConfig, PasteConfig, WatchdogConfig, MetricsConfig)
+_TABLES = ("machine", "limits", "relay", "pool", "paste", "watchdog", "metrics", "network")
+_Table = TypeVar(
+    "_Table",
+    MachineConfig,
+    Limits,
+    RelayConfig,
+    PoolConfig,
+    PasteConfig,
+    WatchdogConfig,
+    MetricsConfig,
+    NetworkConfig,
+)
 
 _KNOWN = ", ".join(f"[{name}]" for name in (*_TABLES, "machines", "aliases"))
 
@@ -250,6 +298,12 @@ def _value(table: str, name: str, raw: object, default: object, source: str) -> 
         value = float(value)
     if type(value) is not type(default):
         raise ConfigError(f"{what} is {raw!r}, expected {type(default).__name__}", hint=f"the default is {default!r}")
+    _check(table, name, value, raw, what)
+    return value
+
+
+def _check(table: str, name: str, value: object, raw: object, what: str) -> None:
+    """Raise ConfigError when `value`, which has the right type, cannot be that key."""
     if (table, name) in _RANGES and isinstance(value, int | float):
         low, high = _RANGES[table, name]
         if not low <= value <= high:
@@ -263,7 +317,26 @@ def _value(table: str, name: str, raw: object, default: object, source: str) -> 
             raise ConfigError(f"{what}: {exc}", hint=exc.hint) from exc
     if (table, name) == ("machine", "cid") and value in (1, 2):
         raise ConfigError(f"{what} {value} is reserved", hint="use 0 for none, or 3 and above (vsock(7))")
-    return value
+    if table == "network":
+        _check_network(name, value, what)
+
+
+def _check_network(name: str, value: object, what: str) -> None:
+    """Raise ConfigError when `value` cannot be the key `name` of [network]."""
+    texts = value if isinstance(value, tuple) else (str(value),)
+    for text in texts:
+        if name == "allow":
+            policy.parse_allow(text, what)
+        elif name == "forward":
+            policy.parse_forward(text, what)
+        elif name in ("dns", "gateways"):
+            policy.parse_address(text, what)
+        elif name == "addresses":
+            policy.parse_range(text, what)
+        elif name in ("subnet4", "subnet6"):
+            policy.parse_subnet(text, what, version=int(name[-1]))
+        elif name == "bridge":
+            policy.parse_interface(text, what)
 
 
 def _converted(raw: str | list[object], default: object, what: str) -> object:
@@ -271,8 +344,8 @@ def _converted(raw: str | list[object], default: object, what: str) -> object:
     if isinstance(default, bool) and isinstance(raw, str):
         return raw not in _FALSE
     if isinstance(default, tuple) and isinstance(raw, list):
-        if not all(isinstance(word, str) and word for word in raw):
-            raise ConfigError(f"{what} is not a list of words", hint='write ["program", "argument"]')
+        if not all(isinstance(word, str) and word for word in raw) or len(raw) > policy.ALLOW_MAX:
+            raise ConfigError(f"{what} is no list of up to {policy.ALLOW_MAX} texts", hint='write ["...", "..."]')
         return tuple(raw)
     if isinstance(default, int | float) and isinstance(raw, str):
         try:

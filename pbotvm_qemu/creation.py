@@ -10,7 +10,7 @@ import uuid
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from pbotvm_qemu import accel, image, machine, paths, plan, process, snapshots, state, template, trial
+from pbotvm_qemu import accel, image, machine, net, paths, plan, process, snapshots, state, template, trial
 from pbotvm_qemu.config import SNAPSHOT
 from pbotvm_qemu.errors import HostError, StateError
 from pbotvm_qemu.languages import Language, Registry
@@ -111,6 +111,7 @@ async def _prepare(
         )
     digest = image.write_initramfs(built, files.initramfs)
     vsock = bool(hardware.cid) and plan.has_vsock()
+    vhost = net.imagined(hardware.net, hardware.cpus) > 0 and net.has_vhost()
     record = state.MachineRecord(
         name=hardware.name,
         uuid=str(uuid.uuid4()),
@@ -121,7 +122,7 @@ async def _prepare(
         languages=tuple(languages),
         accelerator=accelerator,
         qemu=qemu,
-        fingerprint=plan.fingerprint(hardware, built, qemu, accelerator, digest, vsock=vsock),
+        fingerprint=plan.fingerprint(hardware, built, qemu, accelerator, digest, vsock=vsock, vhost=vhost),
     )
     state.save(record)
     return record

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from pbotvm_qemu import accel, image, net, paths, plan, process, qmp, state, template
+from pbotvm_qemu import accel, image, netprobe, paths, plan, process, qmp, state, template
 from pbotvm_qemu.config import LOOPBACK, format_size
 from pbotvm_qemu.errors import HostError, ImageError, LaunchError, MonitorError, PbotVMError, tail
 
@@ -307,7 +307,7 @@ async def _network() -> list[Check]:
         Check(item.name, "ok", item.why)
         if item.ok
         else Check(item.name, "warn", f"{item.why} (the network policy `none` does not need it)", item.hint)
-        for item in await net.capabilities()
+        for item in await netprobe.capabilities()
     ]
 
 

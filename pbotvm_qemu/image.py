@@ -434,7 +434,8 @@ def write_initramfs(image: Image, target: Path) -> str:
 
     The kernel unpacks archives that stand one after another, so the agent is simply appended.
     """
-    agent = [("agent/start", 0o755, (paths.recipes() / "initramfs/start").read_bytes())]
+    scripts = ("start", "network")
+    agent = [(f"agent/{name}", 0o755, (paths.recipes() / "initramfs" / name).read_bytes()) for name in scripts]
     package = paths.guest_package()
     sources = sorted(path for path in package.rglob("*") if path.suffix in (".py", ".h", ".ts"))
     agent += [(f"agent/guest/{path.relative_to(package)}", 0o644, path.read_bytes()) for path in sources]

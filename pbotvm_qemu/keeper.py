@@ -212,7 +212,8 @@ def check(record: state.MachineRecord) -> image.Image:
 def prepare(record: state.MachineRecord, config: Config) -> plan.Plan:
     """Return the plan that starts `record` from its clean snapshot, with today's ports. Raises what `check` raises."""
     found = check(record)
-    return plan.Plan.of(dataclasses.replace(record, machine=today(record, config)), found, loadvm=SNAPSHOT)
+    ours = plan.Plan.of(dataclasses.replace(record, machine=today(record, config)), found, loadvm=SNAPSHOT)
+    return dataclasses.replace(ours, network=config.network)
 
 
 def today(record: state.MachineRecord, config: Config) -> MachineConfig:

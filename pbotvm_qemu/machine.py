@@ -14,7 +14,7 @@ from contextlib import AsyncExitStack, ExitStack
 from dataclasses import replace
 from typing import IO, TYPE_CHECKING, Self, TypeVar
 
-from pbotvm_qemu import paths, process, qmp, template
+from pbotvm_qemu import net, paths, process, qmp, template
 from pbotvm_qemu.channel import Channel, Hello
 from pbotvm_qemu.errors import GuestError, HostError, LaunchError, MonitorError, PbotVMError, RunLostError, tail
 from pbotvm_qemu.plan import (
@@ -114,6 +114,7 @@ class VirtualMachine:
         self._log: IO[bytes] | None = None
         self._log_start = 0
         self._disk: IO[bytes] | None = None
+        self.attachment = net.Attachment()  # what this machine has of a network
 
     async def __aenter__(self) -> Self:
         async with AsyncExitStack() as stack:  # whatever is raised below, what came before is undone
@@ -205,6 +206,8 @@ class VirtualMachine:
                 stack.callback(self.serial.close)
                 theirs.enter_context(their_serial)
                 descriptors = replace(descriptors, serial=their_serial.fileno())
+            self.attachment = await self._attach(stack)
+            descriptors = replace(descriptors, taps=self.attachment.taps, vhosts=self.attachment.vhosts)
             if plan.vsock:
                 vsock, cid = open_vsock(plan.config.cid)
                 theirs.callback(os.close, vsock)
@@ -230,7 +233,15 @@ class VirtualMachine:
                 command(plan, descriptors), pass_fds=descriptors.numbers(), log=self._log.fileno()
             )
         stack.push_async_callback(self._reap)
+        self.attachment.hand_over()
         return ours_monitor, ours_agent
+
+    async def _attach(self, stack: AsyncExitStack) -> net.Attachment:
+        """Take this machine's place in its network; it is left after QEMU's end."""
+        plan = self.plan
+        count = net.imagined(plan.config.net, plan.config.cpus)
+        place = net.attached(plan.config.net, plan.network, self.name, count=count, vhost=plan.vhost)
+        return await stack.enter_async_context(place)
 
     async def _load(self, monitor: qmp.Monitor, frozen: Frozen) -> bool:
         """Restore a frozen machine into the process that waits for it, and let it run."""
@@ -244,7 +255,7 @@ class VirtualMachine:
 
     async def _greet(self, within: float) -> Hello:
         hello = await self.channel.handshake(within)
-        await self.channel.resume(self._hostname)
+        await self.channel.resume(self._hostname, network=self.attachment.resume)
         return hello
 
     def _open_log(self, stack: AsyncExitStack) -> None:
@@ -313,6 +324,7 @@ class VirtualMachine:
 
         Raises RunLostError that shows QEMU's end when QEMU died.
         """
+        await self.attachment.lead_forwards()
         work = asyncio.ensure_future(
             self.channel.execute(spec, content, on_output=on_output, stdin=stdin, started=started)
         )
@@ -354,6 +366,10 @@ class VirtualMachine:
         # The guest's clock slept too. Nobody waits for the answer: the agent reads its frames in order, so the next run
         # sees the right time.
         self.channel.resume_soon(self._hostname)
+
+    async def set_network(self, *, on: bool) -> None:
+        """Switch the guest's network card on or off. Raises GuestError when it has none, or refuses."""
+        await self.channel.switch_network(self.attachment.resume if on else None)
 
     async def revert(self, tag: str, *, timeout: float) -> None:
         """Go back to snapshot `tag` in this process and make sure that the agent answers.

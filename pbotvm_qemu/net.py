@@ -1,232 +1,271 @@
-"""What this host can do for guest networks, and the network policy. The only importer of pyroute2.
+"""The networks of guests, as seen by a machine: its QEMU arguments, its TAP, its addresses, its rules.
 
-Devices are tried for real, in a network namespace that belongs to one thread and vanishes with it: nothing is named,
-nothing is mounted, so nothing can be left behind.
+A machine's attachment is a context manager: entered before QEMU starts, left after QEMU is gone. A TAP exists as long
+as somebody holds it open, so even after a crash of ours and of QEMU the kernel takes it away; what is left are rules
+for an interface that is no more, and `prune` finds them.
 """
 
 from __future__ import annotations
 
-import asyncio
-import ctypes
-import errno
-import fcntl
+import contextlib
+import logging
 import os
-import stat
-import struct
-import threading
-from concurrent.futures import Future
-from dataclasses import dataclass
-from pathlib import Path
+import secrets
+from dataclasses import dataclass, field
+from ipaddress import ip_address
 from typing import TYPE_CHECKING
 
-from pyroute2 import AsyncIPRoute, NetlinkError  # type: ignore[import-untyped]
-
-from pbotvm_qemu import process
-from pbotvm_qemu.errors import HostError, NetworkError, tail
+from pbotvm_qemu import bridgehelper, links, netfilter, netprobe, netsetup
+from pbotvm_qemu.addresses import TAP_PREFIX, Guest, NetworkName, Plan
+from pbotvm_qemu.errors import HostError, NetworkError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import AsyncIterator, Iterator, Sequence
 
-DEADLINE = 10.0  # seconds for each probe
+    from pbotvm_qemu.config import NetworkConfig
+    from pbotvm_qemu.policy import Policy
 
-# linux/if_tun.h, linux/sched.h, linux/capability.h
-_TUNSETIFF = 0x400454CA
-_IFF_TAP = 0x0002
-_IFF_NO_PI = 0x1000
-_CLONE_NEWNET = 0x40000000
-_CAP_NET_ADMIN = 12
+log = logging.getLogger(__name__)
 
-_TUN = Path("/dev/net/tun")
-_HELPERS = (
-    Path("/usr/lib/qemu/qemu-bridge-helper"),
-    Path("/usr/libexec/qemu-bridge-helper"),
-    Path("/usr/libexec/qemu/qemu-bridge-helper"),
-    Path("/usr/local/libexec/qemu-bridge-helper"),
-)
-_ACLS = (Path("/etc/qemu/bridge.conf"), Path("/etc/qemu-kvm/bridge.conf"))
-_AS_ROOT = "run as root"
+MAC = "02:70:62:6f:74:00"  # of the device in every snapshot; the guest takes its own when it is resumed
+VHOST = "/dev/vhost-net"
+QUEUES_MAX = 4
+_ATTEMPTS = 64
+
+# QEMU's own network: the addresses that its documentation names.
+USER_NETWORK = {
+    "mac": MAC, "addresses": ["10.0.2.15/24", "fec0::15/64"], "gateway4": "10.0.2.2", "gateway6": "fec0::2",
+    "dns": ["10.0.2.3"], "mtu": 1500,
+}  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class Capability:
-    """One thing that the host can or cannot do for guest networks."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attachment:
+    """What QEMU and the guest's agent need to know of a machine's network."""
 
-    name: str  # "tun", "bridge", "nftables" or "bridge-helper"
-    ok: bool
-    why: str  # what was seen, in one sentence
-    hint: str | None = None  # what to type when not ok
+    mode: str = "none"
+    taps: tuple[int, ...] = ()  # open descriptors, one for each queue
+    vhosts: tuple[int, ...] = ()  # likewise, of /dev/vhost-net
+    guest: Guest | None = None
+    held: list[int] = field(default_factory=list)  # those of them that are still open here
+    resume: dict[str, object] | None = None  # "network" in the agent's `resume` frame
+    elements: tuple[str, ...] = ()
+
+    def hand_over(self) -> None:
+        """Close our copies of what QEMU has inherited by now: the TAP lives as long as QEMU does."""
+        _release(self.held)
+
+    @property
+    def descriptors(self) -> tuple[int, ...]:
+        """Every descriptor that QEMU is to inherit."""
+        return (*self.taps, *self.vhosts)
+
+    async def lead_forwards(self) -> None:
+        """Have the forwarded ports lead to this guest from now on. Raises NetworkError when nft refuses."""
+        if self.elements:
+            found = await netfilter.contents()
+            mine = {element.split()[2] for element in self.elements}
+            text = "".join(
+                f"delete element {family} {netfilter.TABLE} {name} {{ {key} : {target} }}\n"
+                for family, name, key, target in found.elements
+                if name.startswith("forwards_") and key in mine
+            )
+            text += "".join(f"add element inet {netfilter.TABLE} {element}\n" for element in self.elements)
+            await netfilter.apply(text, "forward ports")
 
 
-def policy_arguments(mode: str) -> list[str]:
-    """Return QEMU's arguments for the network policy `mode`; "none" gives the guest no network card at all.
+def _release(held: list[int]) -> None:
+    """Close what is still open, once: the numbers may be somebody else's afterwards."""
+    while held:
+        os.close(held.pop())
 
-    Raises NetworkError for any other mode.
+
+def imagined(mode: str, cpus: int) -> int:
+    """Return how many TAP descriptors a guest with `cpus` processors gets in `mode`: one for each queue."""
+    return min(cpus, QUEUES_MAX) if mode in ("nat", "isolated", "bridge") else 0
+
+
+def policy_arguments(mode: str, *, taps: Sequence[int] = (), vhosts: Sequence[int] = ()) -> list[str]:
+    """Return QEMU's arguments for network mode `mode`; "none" gives the guest no network card at all.
+
+    `taps` and `vhosts` are numbers of descriptors that QEMU inherits.
     """
     if mode == "none":
         return ["-nic", "none"]
-    raise NetworkError(f"network mode {mode!r} is not available in this version", hint="use --net none")
+    # Nobody waits for a restored guest to announce itself: it becomes another one at once.
+    card = f"virtio-net-pci,netdev=net0,id=virtio-net0,mac={MAC},guest_announce=off,romfile="
+    if mode == "user":
+        return ["-netdev", "user,id=net0", "-device", card]
+    many = len(taps) > 1
+    backend = f"tap,id=net0,{'fds' if many else 'fd'}={':'.join(map(str, taps))}"
+    if vhosts:
+        backend += f",vhost=on,{'vhostfds' if many else 'vhostfd'}={':'.join(map(str, vhosts))}"
+    if many:
+        card += f",mq=on,vectors={2 * len(taps) + 2}"
+    return ["-netdev", backend, "-device", card]
 
 
-async def capabilities() -> tuple[Capability, ...]:
-    """Return what this host can do: TUN devices, bridges, nftables, QEMU's bridge helper.
+@contextlib.asynccontextmanager
+async def attached(
+    mode: str, settings: NetworkConfig | None, machine: str, *, count: int = 1, vhost: bool = False
+) -> AsyncIterator[Attachment]:
+    """Give machine `machine` its place in the network of `mode`, with `count` queues, while the body runs.
 
-    Each is tried under DEADLINE; one that fails is reported, never raised. Nothing stays on the host.
+    Without `settings`, its card has nothing at the other end, and no network needs to be up. Raises NetworkError that says what is missing; nothing is left then.
     """
-    # One after the other: a child that is being started holds a copy of the TAP's descriptor until its exec.
-    tun, bridge = await _in_namespace()
-    return tun, bridge, await _nftables(), _bridge_helper(_HELPERS, _ACLS)
+    if mode == "none":
+        yield Attachment()
+        return
+    if mode == "user":
+        yield Attachment(mode=mode, resume=dict(USER_NETWORK) if settings else None)
+        return
+    network: NetworkName = "nat" if mode == "nat" else "isolated" if mode == "isolated" else "bridge"
+    if settings is None:
+        with _loose(count, vhost=vhost) as attachment:
+            yield attachment
+    elif netprobe.has_net_admin():
+        async with _privileged(network, settings, machine, count, vhost=vhost) as attachment:
+            yield attachment
+    else:
+        async with _helped(network, settings) as attachment:
+            yield attachment
 
 
-async def _in_namespace() -> tuple[Capability, Capability]:
-    """Try a TAP and a bridge in a thread of its own, so that only that thread leaves the host's network."""
-    outcome: Future[tuple[Capability, Capability]] = Future()
-
-    def work() -> None:
-        try:
-            outcome.set_result(_try_devices())
-        except BaseException as exc:  # raised again by whoever waits
-            outcome.set_exception(exc)
-
-    # Not a pool's thread: the next task in it would find itself in the wrong network. A daemon: a stuck kernel call
-    # must not keep the program from ending.
-    threading.Thread(target=work, name="network-probe", daemon=True).start()
+@contextlib.contextmanager
+def _loose(count: int, *, vhost: bool) -> Iterator[Attachment]:
+    """Make a TAP that is in no bridge and stays down."""
+    held: list[int] = []
     try:
-        async with asyncio.timeout(DEADLINE * 2):
-            return await asyncio.wrap_future(outcome)
-    except TimeoutError:
-        why = f"no answer from the kernel after {DEADLINE * 2:.0f} s"
-        return Capability("tun", ok=False, why=why), Capability("bridge", ok=False, why=why)
-
-
-def _try_devices() -> tuple[Capability, Capability]:
-    """Try both devices in this thread, which has no event loop."""
-    refused = _leave_network()
-    return _tun(), _bridge(refused)
-
-
-def _leave_network() -> str | None:
-    """Move the calling thread into a new, empty network namespace; return why not when that fails."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.unshare(_CLONE_NEWNET) == 0:
-        return None
-    return os.strerror(ctypes.get_errno())
-
-
-def _tun() -> Capability:
-    """Make a TAP. It is not persistent: the kernel removes it when its descriptor is closed."""
-    try:
-        descriptor = os.open(_TUN, os.O_RDWR | os.O_CLOEXEC)
-    except OSError as exc:
-        missing = exc.errno in (errno.ENOENT, errno.ENODEV, errno.ENXIO)
-        return Capability("tun", ok=False, why=f"{_TUN}: {exc.strerror}", hint="modprobe tun" if missing else _AS_ROOT)
-    try:
-        # The kernel replaces %d by the first free number.
-        fcntl.ioctl(descriptor, _TUNSETIFF, struct.pack("16sH22x", b"pbotvm-tap%d", _IFF_TAP | _IFF_NO_PI))
-    except OSError as exc:
-        return Capability("tun", ok=False, why=f"{_TUN} opens, but a TAP cannot be made: {exc.strerror}", hint=_AS_ROOT)
+        held += (taps := links.open_tap(f"{TAP_PREFIX}x%d", queues=count))
+        held += (vhosts := _open_vhost(count) if vhost else [])
+        yield Attachment(mode="loose", taps=tuple(taps), vhosts=tuple(vhosts), held=held)
     finally:
-        os.close(descriptor)
-    return Capability("tun", ok=True, why="a TAP was made and removed")
+        _release(held)
 
 
-def _bridge(refused: str | None) -> Capability:
-    if not _has_net_admin():
-        return Capability("bridge", ok=False, why="not tried: this needs CAP_NET_ADMIN", hint=_AS_ROOT)
-    if refused:
-        return Capability(
-            "bridge", ok=False, why=f"not tried: no network namespace to try it in ({refused})", hint=_AS_ROOT
+@contextlib.asynccontextmanager
+async def _privileged(
+    network: NetworkName, settings: NetworkConfig, machine: str, count: int, *, vhost: bool
+) -> AsyncIterator[Attachment]:
+    policy = netsetup.policy(settings)
+    async with contextlib.AsyncExitStack() as stack:
+        async with links.Links() as kernel:
+            place = await netsetup.place(kernel, network, settings)
+            held: list[int] = []
+            stack.callback(_release, held)
+            guest, taps = _open_tap(place.plan, count)
+            held += taps
+            held += (vhosts := _open_vhost(count) if vhost else [])
+            text = netfilter.admit(guest, place.plan, policy, dhcp=place.dhcp)
+            await _admit(network, guest, text)
+            stack.push_async_callback(_forget, guest, place.plan, policy)
+            await links.forget_connections(guest.plain)
+            await _join(kernel, place, guest, netsetup.tap_alias(machine, text), isolated=not place.peers)
+        yield Attachment(
+            mode=network,
+            taps=tuple(taps),
+            vhosts=tuple(vhosts),
+            held=held,
+            guest=guest,
+            resume=resume(guest, policy.dns, place.bridge.mtu),
+            elements=tuple(netfilter.forward_elements(guest, policy)) if network == "nat" else (),
         )
+
+
+def _open_tap(plan: Plan, count: int) -> tuple[Guest, list[int]]:
+    """Make a TAP with a number that nobody has. Raises NetworkError when the network is full."""
+    for attempt in range(_ATTEMPTS + plan.room):
+        # At random, so that a number is not used again while the world still sends answers to who had it before.
+        number = secrets.randbelow(plan.room) if attempt < _ATTEMPTS else attempt - _ATTEMPTS
+        guest = plan.guest(number)
+        with contextlib.suppress(FileExistsError):
+            return guest, links.open_tap(guest.tap, queues=count)
+    raise NetworkError(
+        f"network {plan.name} is full: {plan.room} guests are in it",
+        hint="stop some machines, or give it more addresses in [network] of config.toml",
+    )
+
+
+async def _admit(network: NetworkName, guest: Guest, text: str) -> None:
+    """Make the rules of `guest`. Raises NetworkError that says when the tables are not there."""
     try:
-        asyncio.run(asyncio.wait_for(_make_bridge("pbotvm-br"), DEADLINE))
-    except TimeoutError:
-        return Capability("bridge", ok=False, why=f"no answer from the kernel after {DEADLINE:.0f} s")
-    except NetlinkError as exc:
-        missing = exc.code == errno.EOPNOTSUPP
-        why = f"a bridge cannot be made: {os.strerror(exc.code)}"
-        return Capability("bridge", ok=False, why=why, hint="modprobe bridge" if missing else None)
-    except Exception as exc:
-        # pyroute2 has no exception root of its own, and a probe reports whatever stops it.
-        return Capability("bridge", ok=False, why=f"netlink cannot be used: {str(exc) or type(exc).__name__}")
-    return Capability("bridge", ok=True, why="a bridge was made in a throw-away network namespace")
+        await netfilter.apply(text, f"make rules for {guest.tap}")
+    except NetworkError as exc:
+        there = await netfilter.tables()
+        if not all(there.get(family) for family in netfilter.FAMILIES):
+            exc.hint = f"our tables are not there: pbotvm-qemu net up {network}"
+        raise
 
 
-async def _make_bridge(name: str) -> None:
-    async with AsyncIPRoute() as ipr:
-        await ipr.link("add", ifname=name, kind="bridge")
-        if not await ipr.link_lookup(ifname=name):
-            raise OSError(errno.ENODEV, "the new bridge is not listed")
+async def _join(kernel: links.Links, place: netsetup.Place, guest: Guest, alias: str, *, isolated: bool) -> None:
+    """Put the TAP of `guest` into its bridge; it goes up last, when everything that holds it back is in place."""
+    tap = await kernel.find(guest.tap)
+    if tap is None:
+        raise NetworkError(f"the TAP {guest.tap} has vanished", hint="does another program change the network?")
+    # A bridge without an address of its own takes the smallest one of its ports, and changes with them.
+    mac = "fe" + guest.mac[2:]
+    await kernel.change(tap.index, f"set up {tap.name}", ifalias=alias, mtu=place.bridge.mtu, address=mac)
+    await kernel.change(tap.index, f"put {tap.name} into {place.bridge.name}", master=place.bridge.index)
+    await kernel.guard_port(tap, isolated=isolated, mac=guest.mac)
+    netsetup.silence(tap.name)
+    await kernel.change(tap.index, f"set {tap.name} up", state="up")
 
 
-def _has_net_admin() -> bool:
-    """Tell whether the calling thread has CAP_NET_ADMIN (being root is neither needed nor enough)."""
+async def _forget(guest: Guest, plan: Plan, policy: Policy) -> None:
+    """Remove the rules of `guest`; what cannot be removed now is found by `prune`."""
     try:
-        text = Path("/proc/thread-self/status").read_text("ascii", "replace")
-    except OSError:
-        return os.geteuid() == 0
-    for line in text.splitlines():
-        if line.startswith("CapEff:"):
-            return bool(int(line.split()[1], 16) >> _CAP_NET_ADMIN & 1)
-    return False
+        if policy.forward:
+            text = (await netfilter.contents()).sweep({guest.tap}, map(str, guest.plain))
+        else:
+            text = netfilter.dismiss(guest, plan)
+        await netfilter.apply(text, f"remove the rules of {guest.tap}")
+    except (NetworkError, HostError) as exc:
+        log.warning("%s; `pbotvm-qemu prune` removes what is left", exc)
 
 
-async def _nftables() -> Capability:
-    try:
-        nft = process.find_program("nft", package="nftables")
-        listing = await process.run([nft, "list", "tables"], timeout=DEADLINE)
-    except HostError as exc:
-        return Capability("nftables", ok=False, why=str(exc), hint=exc.hint)
-    if listing.status:
-        why = f"`nft list tables` failed: {tail(listing.stderr, lines=1) or f'exit status {listing.status}'}"
-        return Capability("nftables", ok=False, why=why, hint=_AS_ROOT if os.geteuid() else "modprobe nf_tables")
-    return Capability("nftables", ok=True, why="`nft list tables` works")
+def _open_vhost(count: int) -> list[int]:
+    """Open the kernel's own virtio backend."""
+    with links.translated(f"open {VHOST}"):
+        return [os.open(VHOST, os.O_RDWR | os.O_CLOEXEC) for _ in range(count)]
 
 
-def _bridge_helper(helpers: Iterable[Path], acls: Iterable[Path]) -> Capability:
-    """Look at QEMU's helper that makes TAPs for ordinary users: whether it is there, and what it may."""
-    name = "bridge-helper"
-    helper = next((path for path in helpers if path.is_file()), None)
-    if helper is None:
-        return Capability(
-            name, ok=False, why="qemu-bridge-helper is not installed", hint="apt-get install qemu-system-x86"
+def has_vhost() -> bool:
+    """Tell whether the kernel's own virtio backend can be opened."""
+    return os.access(VHOST, os.R_OK | os.W_OK)
+
+
+def resume(guest: Guest, dns: Sequence[str], mtu: int) -> dict[str, object]:
+    """Return what the agent is told about the network of `guest`."""
+    versions = {ip_address(text.partition("/")[0]).version for text in guest.addresses}
+    return {
+        "mac": guest.mac,
+        "addresses": list(guest.addresses),
+        "gateway4": next((text for text in guest.gateways if ":" not in text), None),
+        "gateway6": next((text for text in guest.gateways if ":" in text), None),
+        "dns": [text for text in dns if ip_address(text).version in versions],
+        "mtu": mtu,
+    }
+
+
+@contextlib.asynccontextmanager
+async def _helped(network: NetworkName, settings: NetworkConfig) -> AsyncIterator[Attachment]:
+    """Get a TAP from QEMU's helper. Only root can make rules, so there are none for this guest."""
+    if network != "bridge":
+        raise NetworkError(
+            f"mode {network} needs CAP_NET_ADMIN", hint="run as root, or use `--net bridge` or `--net user`"
         )
-    if not _privileged(helper) and os.geteuid():
-        return Capability(
-            name, ok=False, why=f"{helper} is neither setuid root nor has cap_net_admin", hint=f"chmod u+s {helper}"
+    async with links.Links() as kernel:
+        place = await netsetup.place(kernel, network, settings)
+    held = [await bridgehelper.open_tap(place.bridge.name)]
+    try:
+        name = links.tap_name(held[0])
+        guest = place.plan.guest(int("".join(filter(str.isdigit, name)) or 0))
+        servers = settings.dns or netsetup.resolvers()
+        yield Attachment(
+            mode=network, taps=tuple(held), held=held, guest=guest, resume=resume(guest, servers, place.bridge.mtu)
         )
-    acl = next((path for path in acls if path.exists()), None)
-    if acl is None:
-        hint = "mkdir -p /etc/qemu && echo 'allow BRIDGE' > /etc/qemu/bridge.conf"
-        return Capability(name, ok=False, why="there is no bridge.conf, so it refuses every bridge", hint=hint)
-    try:
-        rules = _acl_rules(acl.read_text("utf-8", "replace"))
-    except OSError as exc:
-        return Capability(name, ok=False, why=f"{acl} cannot be read: {exc.strerror}", hint=_AS_ROOT)
-    if not any(verb in ("allow", "include") for verb, _ in rules):
-        return Capability(name, ok=False, why=f"{acl} allows no bridge", hint=f"echo 'allow BRIDGE' >> {acl}")
-    return Capability(name, ok=True, why=f"{acl}: {', '.join(' '.join(rule) for rule in rules)}")
+    finally:
+        _release(held)
 
 
-def _privileged(helper: Path) -> bool:
-    """Tell whether `helper` gains the right to make TAPs whoever starts it."""
-    status = helper.stat()
-    if status.st_mode & stat.S_ISUID and status.st_uid == 0:
-        return True
-    try:
-        raw = os.getxattr(helper, "security.capability")
-    except OSError:
-        return False
-    if len(raw) < 8:
-        return False
-    # struct vfs_cap_data: flags and version, then the low word of the permitted set (linux/capability.h).
-    _, permitted = struct.unpack_from("<II", raw)
-    return bool(permitted >> _CAP_NET_ADMIN & 1)
-
-
-def _acl_rules(text: str) -> list[tuple[str, str]]:
-    """Return the rules of a bridge.conf as (verb, bridge or file) pairs."""
-    rules = []
-    for line in text.splitlines():
-        words = line.partition("#")[0].split()
-        if len(words) == 2 and words[0] in ("allow", "deny", "include"):
-            rules.append((words[0], words[1]))
-    return rules
+__all__ = ["Attachment", "attached", "imagined", "policy_arguments"]

@@ -9,6 +9,7 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import itertools
 import os
 import pwd
 import shlex
@@ -26,7 +27,7 @@ from pbotvm_qemu.guest import wire
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from pbotvm_qemu.config import MachineConfig
+    from pbotvm_qemu.config import MachineConfig, NetworkConfig
     from pbotvm_qemu.image import Image
     from pbotvm_qemu.state import MachineRecord
 
@@ -61,10 +62,22 @@ class Descriptors:
     console: int | None = None  # where a clone's serial console is written
     serial: int | None = None  # the third serial line of a clone
     memory: int | None = None  # a clone's own copy of the frozen memory, where nothing is shared
+    taps: tuple[int, ...] = ()  # one for each queue of the network card
+    vhosts: tuple[int, ...] = ()
 
     def numbers(self) -> list[int]:
         """Return those that are in use."""
-        every = (self.monitor, self.agent, self.vsock, self.overlay, self.console, self.serial, self.memory)
+        every = (
+            self.monitor,
+            self.agent,
+            self.vsock,
+            self.overlay,
+            self.console,
+            self.serial,
+            self.memory,
+            *self.taps,
+            *self.vhosts,
+        )
         return [number for number in every if number is not None]
 
 
@@ -114,6 +127,8 @@ class Plan:
     qemu: str
     accelerator: str
     vsock: bool
+    vhost: bool = False
+    network: NetworkConfig | None = None  # None: the network card, when there is one, leads nowhere
     boot: Boot | None = None  # None: what runs comes with the memory that is restored
     disk: Path | None = None  # None: a descriptor, see Descriptors.overlay
     console: Console | None = None  # None: a descriptor, see Descriptors.console
@@ -132,6 +147,7 @@ class Plan:
             qemu=record.qemu,
             accelerator=record.accelerator,
             vsock=record.fingerprint.get("vsock") == "yes",
+            vhost=record.fingerprint.get("vhost-net") == "yes",
             boot=Boot(image.kernel, machine.initramfs),
             disk=machine.disk,
             console=Console(machine.console_socket, machine.console_log),
@@ -193,7 +209,21 @@ def devices(plan: Plan, descriptors: Descriptors) -> list[str]:
     ]  # fmt: skip
     if plan.vsock:
         argv += ["-device", f"vhost-vsock-pci,id=vsock0,guest-cid={config.cid},vhostfd={descriptors.vsock}"]
-    return argv + net.policy_arguments("none")
+    return argv + net.policy_arguments(config.net, taps=descriptors.taps, vhosts=descriptors.vhosts)
+
+
+def _imagined(plan: Plan) -> Descriptors:
+    """Return numbers for the descriptors that `plan` needs, where QEMU is not started."""
+    free = itertools.count(9)
+    taps = net.imagined(plan.config.net, plan.config.cpus)
+    return Descriptors(
+        overlay=None if plan.disk else 5,
+        console=None if plan.console else 6,
+        vsock=7 if plan.vsock else None,
+        serial=8 if plan.serial_inherited else None,
+        taps=tuple(next(free) for _ in range(taps)),
+        vhosts=tuple(next(free) for _ in range(taps if plan.vhost else 0)),
+    )
 
 
 def _console(console: Console | None) -> str:
@@ -242,12 +272,7 @@ def command(plan: Plan, descriptors: Descriptors) -> list[str]:
 
 def command_text(plan: Plan) -> str:
     """Return the command line as one would type it, an option and its value to a line."""
-    descriptors = Descriptors(
-        overlay=None if plan.disk else 5,
-        console=None if plan.console else 6,
-        vsock=7 if plan.vsock else None,
-        serial=8 if plan.serial_inherited else None,
-    )
+    descriptors = _imagined(plan)
     lines: list[list[str]] = [[]]
     for word in command(plan, descriptors):
         if word.startswith("-") and lines[-1]:
@@ -300,7 +325,14 @@ def check_qemu(name: str, qemu: str, fingerprint: Mapping[str, str]) -> None:
 
 
 def fingerprint(
-    config: MachineConfig, image: Image, qemu: str, accelerator: str, initramfs_sha256: str, *, vsock: bool
+    config: MachineConfig,
+    image: Image,
+    qemu: str,
+    accelerator: str,
+    initramfs_sha256: str,
+    *,
+    vsock: bool,
+    vhost: bool = False,
 ) -> dict[str, str]:
     """Return what a snapshot depends on, by name. Loading it with anything else is corruption, not an error message."""
     files = {name: digest for name, _size, digest in image.files}
@@ -311,7 +343,10 @@ def fingerprint(
         qemu="",
         accelerator=accelerator,
         vsock=vsock,
+        vhost=vhost,
     )
+    # What is at the other end of the card's cable is no part of the guest's state either.
+    numbers = replace(_imagined(hardware), vsock=None)
     return {
         QEMU: qemu_identity(qemu),
         "machine type": _MACHINE_TYPE,
@@ -319,13 +354,14 @@ def fingerprint(
         "CPU model": " ".join(accel.arguments(accelerator)),
         "memory": f"{config.memory} bytes",
         "processors": str(config.cpus),
-        "devices": _digest("\0".join(devices(hardware, Descriptors())).encode()),
+        "devices": _digest("\0".join(devices(hardware, numbers)).encode()),
         "kernel": files["vmlinuz"],
         "root image": files["root.qcow2"],
         "initramfs": initramfs_sha256,
         "kernel command line": _digest(_KERNEL_COMMAND_LINE.encode()),
         "agent protocol": str(wire.VERSION),
         "vsock": "yes" if vsock else "no",
+        "vhost-net": "yes" if vhost else "no",
     }
 
 
@@ -340,7 +376,7 @@ def check_fingerprint(record: MachineRecord, image: Image) -> None:
     try:
         now = fingerprint(
             record.machine, image, record.qemu, record.accelerator, _digest(initramfs.read_bytes()),
-            vsock=record.fingerprint.get("vsock") == "yes",
+            vsock=record.fingerprint.get("vsock") == "yes", vhost=record.fingerprint.get("vhost-net") == "yes",
         )  # fmt: skip
     except OSError as exc:
         raise StateError(f"machine {record.name!r} lacks {exc.filename}: {exc.strerror}", hint=again) from exc

@@ -67,7 +67,7 @@ async def run(
 ) -> Completed:
     """Run `argv` to its end and return what happened; `on_line` sees each line of stderr as it comes.
 
-    It reads `data` on standard input, else nothing.
+    `data` is its standard input; without it, it reads from nowhere.
 
     Raises CommandError when it cannot be started or takes longer than `timeout` seconds; on that, and when the caller
     is cancelled, the program and what it started are gone before this returns.
@@ -89,14 +89,12 @@ async def run(
     readers = [
         asyncio.create_task(_read(child.stdout, None)),
         asyncio.create_task(_read(child.stderr, on_line)),
+        *([] if data is None else [asyncio.create_task(_feed(child.stdin, data))]),
     ]
-    if child.stdin:
-        child.stdin.write(data or b"")
-        child.stdin.close()
     finished = False
     try:
         async with asyncio.timeout(timeout):
-            stdout, stderr = await asyncio.gather(*readers)
+            stdout, stderr, *_ = await asyncio.gather(*readers)
             status = await child.wait()
         finished = True
     except TimeoutError as exc:
@@ -125,6 +123,16 @@ async def _read(stream: asyncio.StreamReader, on_line: Callable[[str], None] | N
     if on_line and unfinished:
         on_line(unfinished.decode("utf-8", "replace"))
     return bytes(kept)
+
+
+async def _feed(stream: asyncio.StreamWriter | None, data: bytes) -> bytes:
+    """Write `data` to the child's standard input and end it; a child that does not read it has its reasons."""
+    assert stream
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        stream.write(data)
+        await stream.drain()
+    stream.close()
+    return b""
 
 
 async def _end(child: asyncio.subprocess.Process) -> None:
@@ -190,6 +198,14 @@ def stopped(pid: int) -> bool:
         return str(psutil.Process(pid).status()) == psutil.STATUS_STOPPED
     except psutil.NoSuchProcess:
         return False
+
+
+def command_line(pid: int) -> list[str]:
+    """Return the arguments that process `pid` was started with; none when it is gone or not ours to see."""
+    try:
+        return psutil.Process(pid).cmdline()
+    except (psutil.Error, ValueError):
+        return []
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,6 +51,8 @@ END
         cat <<END
 ip iproute2 iproute iproute2 iproute2
 nft nftables nftables nftables nftables
+dnsmasq dnsmasq-base dnsmasq dnsmasq dnsmasq
+iperf3 iperf3 iperf3 iperf3 iperf
 cpio cpio cpio cpio cpio
 gcc gcc gcc gcc gcc
 /usr/include/stdio.h libc6-dev glibc-devel glibc glibc-devel

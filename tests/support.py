@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,6 +68,28 @@ def environment(name: str) -> Iterator[dict[str, str]]:
         left = qemus(str(base))
         shutil.rmtree(base, ignore_errors=True)
         assert not left, f"QEMU processes left behind: {left}"
+
+
+def places(base: Path) -> dict[str, str]:
+    """Return the variables that put our folders below `base`."""
+    return {
+        "XDG_DATA_HOME": str(base / "data"), "XDG_RUNTIME_DIR": str(base / "run"), "XDG_CONFIG_HOME": str(base / "config"),
+    }  # fmt: skip
+
+
+def packages() -> str:
+    """Return a PYTHONPATH with this checkout and what is installed beside it."""
+    return f"{Path(__file__).parent.parent}:{sysconfig.get_path('purelib')}"
+
+
+def python_for(user: str) -> str | None:
+    """Return a Python that `user` can run this program with: ours may be in a home that is closed to him."""
+    for python in (sys.executable, "/usr/bin/python3"):
+        words = ["setpriv", f"--reuid={user}", "--clear-groups", "env", f"PYTHONPATH={packages()}"]
+        words += [python, "-c", "import pbotvm_qemu.cli, pbotvm_qemu.machine"]
+        if subprocess.run(words, capture_output=True, check=False, cwd="/", timeout=60).returncode == 0:
+            return python
+    return None
 
 
 def stop_all(env: dict[str, str]) -> None:

@@ -8,7 +8,7 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from . import health, legacy, spec, system, wire
+from . import health, legacy, network, spec, system, wire
 from .loop import Loop
 from .port import Port
 from .run import Owner, Run
@@ -38,7 +38,7 @@ class Agent:
     def _frame(self, frame: wire.Frame) -> None:
         try:
             self._dispatch(frame)
-        except spec.BadRequestError as exc:
+        except (spec.BadRequestError, network.BadNetworkError) as exc:
             self._error(frame.id, "bad-request", str(exc))
         except wire.WireError as exc:
             self._error(frame.id, "protocol", str(exc))
@@ -119,6 +119,8 @@ class Agent:
         name = question.get("hostname")
         if isinstance(name, str) and 0 < len(name) <= _HOSTNAME_MAX and name.replace("-", "").isalnum():
             system.set_hostname(name)
+        if "network" in question:
+            network.resume(question["network"])
 
     def _run(self, frame: wire.Frame) -> None:
         if not frame.id or frame.id in self._runs:
@@ -197,6 +199,7 @@ def main(arguments: list[str] | None = None) -> None:
         fd, transport = int(options["fd"]), "socket"
         os.set_inheritable(fd, False)
     else:
+        network.prepare()
         fd, transport = os.open(system.find_port(options["port"]), os.O_RDWR | os.O_NONBLOCK), "virtio-serial"
     agent = Agent(loop, fd, owner, transport=transport)
     _serve_others(loop, agent.legacy, options)

@@ -42,7 +42,7 @@ class FrameType(IntEnum):
     """What a frame means. Direction: > from host to guest, < from guest to host."""
 
     HELLO = 1  # > {"nonce"} and < {"nonce", "protocol", "agent", ...}
-    RESUME = 2  # > {"clock_ns", "entropy", "hostname"} and < {} when it is done
+    RESUME = 2  # > {"clock_ns", "entropy", "hostname", "network"} and < {} when it is done
     PING = 3  # > any bytes, < the same bytes
     RUN = 4  # > {"files", "steps", "limits", ...}, see docs/protocol.md
     DATA = 5  # > content of the files of `run`, in order; < content of a `file`

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pbotvm_qemu import net
+from pbotvm_qemu import netprobe
 
 pytestmark = pytest.mark.netns
 
@@ -32,8 +32,8 @@ def inventory() -> tuple[list[str], str, list[str]]:
     return interfaces, str(Path("/proc/self/ns/net").readlink()), names
 
 
-async def probe() -> dict[str, net.Capability]:
-    return {item.name: item for item in await net.capabilities()}
+async def probe() -> dict[str, netprobe.Capability]:
+    return {item.name: item for item in await netprobe.capabilities()}
 
 
 @pytest.mark.skipif(not (holds(SYS_ADMIN) and holds(NET_ADMIN)), reason="needs CAP_SYS_ADMIN and CAP_NET_ADMIN")
@@ -70,7 +70,7 @@ async def test_probes_at_the_same_time_do_not_meet() -> None:
 
 @pytest.mark.skipif(not (holds(SYS_ADMIN) and holds(NET_ADMIN)), reason="needs CAP_SYS_ADMIN and CAP_NET_ADMIN")
 async def test_without_a_namespace_the_host_itself_is_spared(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(net, "_leave_network", lambda: "Operation not permitted")
+    monkeypatch.setattr(netprobe, "_leave_network", lambda: "Operation not permitted")
     before = inventory()
     found = await probe()
     assert inventory() == before

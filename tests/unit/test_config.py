@@ -45,7 +45,7 @@ def test_every_table_and_dashes_in_keys(file: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("[network]\nx = 1", r"unknown table \[network\]"),
+        ("[nowhere]\nx = 1", r"unknown table \[nowhere\]"),
         ("[machine]\nmemmory = 1", r"unknown key 'memmory' in \[machine\]"),
         ("memory = 1", "'memory' stands outside a table"),
         ("[machine", "Expected"),
@@ -176,3 +176,40 @@ def test_file_nested_without_end_is_a_mistake(file: Path) -> None:
     file.write_text("x = " + "[" * 20_000)
     with pytest.raises(ConfigError):
         config.load(file, {})
+
+
+def test_a_network_is_read_and_checked(file: Path) -> None:
+    file.write_text(
+        '[machine]\nnet = "nat"\n[network]\negress = "listed"\nallow = ["192.0.2.0/24:443/tcp"]\nrate = "1M"\nforward = ["8080:80"]\n'
+    )
+    found = config.load(file, {})
+    assert found.machine.net == "nat"
+    policy = found.network.policy()
+    assert policy.rate == 1 << 20
+    assert [str(entry) for entry in policy.allow] == ["192.0.2.0/24:443/tcp"]
+    assert [str(entry) for entry in policy.forward] == ["8080:80/tcp"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[machine]\nnet = 'vpn'", "net is 'vpn'"),
+        ("[network]\negress = 'all'", "egress is 'all'"),
+        ("[network]\nallow = 'x'", "allow is 'x', expected tuple"),
+        ("[network]\nallow = [7]", "allow is no list"),
+        ("[network]\nallow = ['example.org']", "allow: 'example.org' is no destination"),
+        ("[network]\nforward = ['x']", "forward: 'x' is no port forward"),
+        ("[network]\ndns = ['localhost']", "dns: 'localhost' is no IP address"),
+        ("[network]\naddresses = ['10.0.0.1']", "addresses: '10.0.0.1' is no range"),
+        ("[network]\ngateways = ['x']", "gateways: 'x' is no IP address"),
+        ("[network]\nsubnet4 = '10.0.0.0/30'", "subnet4: guests cannot have 10.0.0.0/30"),
+        ("[network]\nbridge = 'a-name-of-16-byt'", "bridge: the interface name .* has 16 bytes"),
+        ("[network]\nrate = -1", "rate is -1, out of range"),
+        ("[network]\npeers = 1", "peers is 1, expected bool"),
+    ],
+)
+def test_a_network_that_makes_no_sense_is_named(file: Path, text: str, said: str) -> None:
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=said) as caught:
+        config.load(file, {})
+    assert caught.value.hint

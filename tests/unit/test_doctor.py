@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pbotvm_qemu import accel, doctor, net, paths, process
+from pbotvm_qemu import accel, doctor, netprobe, paths, process
 from pbotvm_qemu.config import LOOPBACK, Config, MachineConfig, RelayConfig
 from pbotvm_qemu.doctor import Features
-from pbotvm_qemu.errors import CommandError, HostError, LaunchError, MonitorError, NetworkError
+from pbotvm_qemu.errors import CommandError, HostError, LaunchError, MonitorError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -334,13 +334,13 @@ async def test_vsock_can_do_without(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 
 async def test_network_problems_only_warn(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def capabilities() -> tuple[net.Capability, ...]:
+    async def capabilities() -> tuple[netprobe.Capability, ...]:
         return (
-            net.Capability("tun", ok=True, why="made"),
-            net.Capability("bridge", ok=False, why="denied", hint="run as root"),
+            netprobe.Capability("tun", ok=True, why="made"),
+            netprobe.Capability("bridge", ok=False, why="denied", hint="run as root"),
         )
 
-    monkeypatch.setattr(net, "capabilities", capabilities)
+    monkeypatch.setattr(netprobe, "capabilities", capabilities)
     tun, bridge = await doctor._network()
     assert (tun.status, tun.hint) == ("ok", None)
     assert (bridge.status, bridge.hint) == ("warn", "run as root")
@@ -355,10 +355,10 @@ NAMES = ["cpu", "kvm", "qemu", "qemu-features", "vhost-vsock", "tun", "bridge", 
 
 @pytest.fixture
 def made_up_host(qemu: FakeQemu, monkeypatch: pytest.MonkeyPatch) -> FakeQemu:
-    async def capabilities() -> tuple[net.Capability, ...]:
-        return tuple(net.Capability(name, ok=True, why="") for name in NAMES[5:9])
+    async def capabilities() -> tuple[netprobe.Capability, ...]:
+        return tuple(netprobe.Capability(name, ok=True, why="") for name in NAMES[5:9])
 
-    monkeypatch.setattr(net, "capabilities", capabilities)
+    monkeypatch.setattr(netprobe, "capabilities", capabilities)
     monkeypatch.setenv("PATH", str(qemu.folder), prepend=os.pathsep)
     answer_with(monkeypatch, accel.Verdict("tcg", "no /dev/kvm", probed=True))
     return qemu
@@ -401,17 +401,3 @@ async def test_a_check_that_cannot_be_made_has_failed(
     assert list(checks) == NAMES
     assert checks["disk"].status == "fail"
     assert str(problem) in checks["disk"].detail
-
-
-# the network policy -------------------------------------------------------------------------------------------------
-
-
-def test_no_network_card_unless_asked_for() -> None:
-    assert net.policy_arguments("none") == ["-nic", "none"]
-
-
-@pytest.mark.parametrize("mode", ["user", "bridge", "", "none,model=e1000", "None"])
-def test_other_policies_are_refused(mode: str) -> None:
-    with pytest.raises(NetworkError, match="not available in this version") as caught:
-        net.policy_arguments(mode)
-    assert caught.value.hint

@@ -170,3 +170,28 @@ def test_fingerprint_notices_what_a_snapshot_depends_on(program: Path) -> None:
     program.write_text("another")
     assert differing(was, fingerprint(program)) == {"QEMU program"}
     assert plans.fingerprint(PLAN.config, IMAGE, str(program), "tcg", "s", vsock=True)["vsock"] == "yes"
+
+
+def test_a_network_card_is_part_of_the_fingerprint_and_the_network_is_not(program: Path) -> None:
+    was = fingerprint(program)
+    nat = fingerprint(program, replace(PLAN.config, net="nat"))
+    assert differing(was, nat) == {"devices"}
+    assert (
+        nat
+        == fingerprint(program, replace(PLAN.config, net="isolated"))
+        == fingerprint(program, replace(PLAN.config, net="bridge"))
+    )
+    assert differing(nat, fingerprint(program, replace(PLAN.config, net="user"))) == {"devices"}
+    kernel = plans.fingerprint(
+        replace(PLAN.config, net="nat"), IMAGE, str(program), "tcg", "s", vsock=False, vhost=True
+    )
+    assert differing(nat, kernel) == {"devices", "vhost-net"}
+
+
+def test_the_tap_of_a_card_is_inherited(program: Path) -> None:
+    del program
+    plan = replace(PLAN, config=replace(PLAN.config, net="nat"))
+    descriptors = Descriptors(taps=(9,))
+    assert 9 in descriptors.numbers()
+    assert "tap,id=net0,fd=9" in plans.command(plan, descriptors)
+    assert "tap,id=net0,fd=" in plans.command_text(plan)

@@ -165,6 +165,8 @@ def test_more_extras_or_a_changed_project_file_are_installed_into_the_same_venv(
     host.complete()
     host.stub("ip")
     host.stub("nft")
+    host.stub("dnsmasq")
+    host.stub("iperf3")
     host.stub("cpio")
     host.stub("gcc")
     host.stub("nc")

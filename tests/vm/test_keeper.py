@@ -121,7 +121,7 @@ def test_exec_keeps_a_clone_as_a_session_when_told_to(kept_env: Env) -> None:
     report = cli_json(kept_env, "exec", "--json", "--session", listed["id"], "-lang=sh", "cat note")
     assert (report["stdout"], report["session"], report["clone"]) == ("one\n", listed["id"], listed["clone"])
     assert_refused(cli(kept_env, "session", "revert", listed["id"], "none"), 125, "no state 'none'")
-    assert_refused(cli(kept_env, "session", "save", listed["id"], "-x/y"), 2, "cannot name a state")
+    assert_refused(cli(kept_env, "session", "save", listed["id"], "x/y"), 2, "cannot name a state")
     assert_refused(cli(kept_env, "session", "open", "--idle", "0"), 2, "seconds")
     assert_refused(cli(kept_env, "exec", "--keep", "--session", "x", "-lang=sh", "true"), 2, "--keep")
     assert cli(kept_env, "session", "end", listed["id"]).returncode == 0

@@ -38,8 +38,10 @@ def disk_env(vm_env: dict[str, str]) -> Iterator[dict[str, str]]:
 def kept(env: dict[str, str], way: str) -> Iterator[dict[str, str]]:
     result = support.cli(env, "run", "--detach", "--revert", way)
     assert result.returncode == 0, result.stderr.decode()
-    yield env
-    support.cli(env, "stop")
+    try:
+        yield env
+    finally:
+        support.cli(env, "stop")
 
 
 @pytest.fixture

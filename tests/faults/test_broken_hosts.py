@@ -42,7 +42,9 @@ def own_image(vm_env: Env, tmp_path: Path) -> Iterator[tuple[Env, Path]]:
 
 def test_an_unknown_language_lists_those_installed(vm_env: Env) -> None:
     result = cli(vm_env, "exec", "-lang=cobol", "x")
-    assert_refused(result, 2, "Language 'cobol' is not supported.", "bash, bc, c11, lua, perl, python, python3, sh, tcl")
+    assert_refused(
+        result, 2, "Language 'cobol' is not supported.", "bash, bc, c11, lua, perl, python, python3, sh, tcl"
+    )
 
 
 def test_an_unknown_machine_lists_those_there_are(vm_env: Env) -> None:

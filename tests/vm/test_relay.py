@@ -120,7 +120,8 @@ def serial(env: Env, *requests: bytes) -> list[str]:
                 piece = sock.recv(65536)
                 assert piece, reply
                 reply += piece
-            line = next(line for line in reply.split(b"\r\n") if line.startswith(b"result:{"))
+            line = next((line for line in reply.split(b"\r\n") if line.startswith(b"result:{")), None)
+            assert line is not None, reply
             texts.append(json.loads(line[7:])["result"])
     return texts
 
@@ -192,6 +193,7 @@ def running_ends_waiting_is_told(keeper: Keeper) -> None:
         assert time.monotonic() < until
         time.sleep(0.02)
     with keeper.connect() as silent:
+        live(keeper.env)  # answered after the connection was accepted: the keeper takes them in turn
         keeper.process.send_signal(signal.SIGTERM)
         keeper.hear(b"STOPPING=1")
         assert receive(silent) == UNAVAILABLE

@@ -116,7 +116,7 @@ def serial(env: Env, *requests: bytes) -> list[str]:
         for data in requests:
             sock.sendall(data)
             reply = b""
-            while b"result:end" not in reply:
+            while b"result:end\r\n" not in reply:
                 piece = sock.recv(65536)
                 assert piece, reply
                 reply += piece

@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 
 OVERHEAD = 256 << 20  # bytes of host memory for one QEMU beside its guest's, translated code included
 _BACKOFF = (0.2, 1.0, 5.0, 15.0)  # seconds between failed starts
+_HEAD_START = 0.02  # seconds until a successor is started: first the machine that is handed out begins its work
 _LOOK_AGAIN = 1.0  # seconds until there may be memory for one more
 _PROOF_TIMEOUT = 60.0
 _PROOF = specs.RunSpec(
@@ -300,7 +301,7 @@ class Pool:
         if self._ready and not len(self._turns):
             lease = self._ready.popleft()
             lease.out = True
-            self._refill()
+            asyncio.get_running_loop().call_later(_HEAD_START, self._refill)
             return lease
         if len(self._turns) >= self._queue:
             raise NeverRanError(

@@ -260,8 +260,9 @@ def main(arguments: list[str] | None = None) -> int:
             with open(STATE, encoding="ascii") as file:
                 apply(parse(json.load(file)))
         elif words == ["status"]:
-            with open(f"/sys/class/net/{CARD}/operstate", encoding="ascii") as file:
-                _say("off" if file.read().strip() == "down" else "on")
+            # Not `operstate`: the kernel brings that up to date a while after the card was switched.
+            with open(f"/sys/class/net/{CARD}/flags", encoding="ascii") as file:
+                _say("on" if int(file.read(), 16) & _IFF_UP else "off")
         else:
             _say("usage: network on|off|status")
             return 2

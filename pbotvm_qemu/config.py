@@ -307,7 +307,8 @@ def _check(table: str, name: str, value: object, raw: object, what: str) -> None
     if (table, name) in _RANGES and isinstance(value, int | float):
         low, high = _RANGES[table, name]
         if not low <= value <= high:
-            raise ConfigError(f"{what} is {raw}, out of range", hint=f"use a value from {low} to {high}")
+            lowest, highest = (format_size(int(end)) if (table, name) in _SIZES else str(end) for end in (low, high))
+            raise ConfigError(f"{what} is {raw}, out of range", hint=f"use a value from {lowest} to {highest}")
     if (table, name) in _WORDS and value not in _WORDS[table, name]:
         raise ConfigError(f"{what} is {raw!r}", hint=f"use one of: {', '.join(_WORDS[table, name])}")
     if (table, name) == ("machine", "name") and isinstance(value, str):

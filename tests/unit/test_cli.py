@@ -12,14 +12,16 @@ import pytest
 import typer.main
 from typer.testing import CliRunner
 
-from pbotvm_qemu import cli
+from pbotvm_qemu.cli import base, entry, states
+from pbotvm_qemu.cli.base import app
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-TOP = typer.main.get_command(cli.app)
+entry.define([])
+TOP = typer.main.get_command(app)
 COMMANDS = sorted(getattr(TOP, "commands", {}))
-SNAPSHOT = sorted(getattr(typer.main.get_command(cli.snapshots), "commands", {}))
+SNAPSHOT = sorted(getattr(typer.main.get_command(states.snapshots), "commands", {}))
 
 
 @pytest.mark.parametrize(
@@ -27,13 +29,13 @@ SNAPSHOT = sorted(getattr(typer.main.get_command(cli.snapshots), "commands", {})
 )
 @pytest.mark.parametrize("option", ["-h", "--help"])
 def test_every_command_has_help(words: list[str], option: str) -> None:
-    result = CliRunner().invoke(cli.app, [*words, option])
+    result = CliRunner().invoke(app, [*words, option])
     assert result.exit_code == 0, result.output
     assert "Usage:" in result.stdout
 
 
 def test_version_is_printed() -> None:
-    assert CliRunner().invoke(cli.app, ["--version"]).stdout.startswith("pbotvm-qemu ")
+    assert CliRunner().invoke(app, ["--version"]).stdout.startswith("pbotvm-qemu ")
 
 
 @pytest.mark.parametrize(
@@ -56,7 +58,7 @@ def test_version_is_printed() -> None:
     ],
 )
 def test_pbot_spelling_is_understood_before_the_program_alone(typed: str, meant: str) -> None:
-    assert cli.pbot_spelling(typed.split()) == meant.split()
+    assert entry.pbot_spelling(typed.split()) == meant.split()
 
 
 def call(tmp_path: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -81,6 +83,10 @@ def call(tmp_path: Path, *words: str, **environment: str) -> subprocess.Complete
         (["create", "--memory", "lots"], 2, "is not a size"),
         (["create", "--cpus", "1000"], 2, "out of range"),
         (["create", "--languages", "klingon"], 2, "Language 'klingon' is not supported."),
+        (["create", "--memory", "1"], 2, "out of range"),
+        (["create", "--cpus", "many"], 2, "Invalid value for '--cpus'"),
+        (["craete"], 2, "Did you mean 'create'"),
+        (["status", "--nothing"], 2, "No such option: --nothing"),
         (["exec", "-lang=klingon", "x"], 125, "there is no machine"),
         (["client", "echo"], 125, "Fatal error: Connection refused; try again later"),
     ],
@@ -97,16 +103,6 @@ def test_mistake_is_an_error_with_a_hint_and_no_traceback(
     assert error.startswith("error: ")
     assert hint.startswith("hint: ")
     assert said in error
-
-
-@pytest.mark.parametrize(
-    "words", [["no-such-command"], ["status", "--no-such-option"], ["exec", "--timeout", "x", "y"]]
-)
-def test_wrong_usage_ends_with_2_and_no_traceback(tmp_path: Path, words: list[str]) -> None:
-    done = call(tmp_path, *words)
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr
-    assert done.stdout == ""
 
 
 def test_mistake_in_the_environment_is_named(tmp_path: Path) -> None:
@@ -138,11 +134,11 @@ def test_completion_script_renders(tmp_path: Path, shell: str) -> None:
 
 
 def test_languages_are_completed() -> None:
-    assert cli.complete_language("pe") == ["perl"]
+    assert base.complete_language("pe") == ["perl"]
 
 
 def test_machines_are_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
     (tmp_path / "pbotvm-qemu" / "machines" / "mine").mkdir(parents=True)
-    assert cli.complete_machine("mi") == ["mine"]
-    assert cli.complete_machine("x") == []
+    assert base.complete_machine("mi") == ["mine"]
+    assert base.complete_machine("x") == []

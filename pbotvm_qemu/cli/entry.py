@@ -1,0 +1,94 @@
+"""Where the command line begins and ends: PBot's spelling, errors, exit status."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from typing import Any, NoReturn
+
+import typer
+
+from pbotvm_qemu.cli.base import app, print_json
+from pbotvm_qemu.errors import USAGE, PbotVMError, UsageError
+
+
+def pbot_spelling(arguments: list[str]) -> list[str]:
+    """Return `arguments` with PBot's single-dash options in `exec` spelled as the parser knows them.
+
+    The first word that is no option of ours begins the program, or the options of its compiler, and whatever follows
+    is passed on as it is: `exec -lang=sh -args 'a b' echo -lang=x`. The words after `client` all belong to the request.
+    """
+    command = next((word for word in arguments if not word.startswith("-")), None)
+    if command not in ("exec", "client"):
+        return arguments
+    begin = arguments.index(command) + 1
+    changed, rest = arguments[:begin], arguments[begin:]
+    while rest and rest[0] != "--":
+        name, equals, _value = rest[0].lstrip("-").partition("=")
+        flag = rest[0] in ("-h", "--help") or (command == "exec" and rest[0] in ("--json", "--keep"))
+        valued = command == "exec" and rest[0].startswith("-") and name in _WITH_VALUE
+        if not flag and not valued:
+            break
+        word = rest.pop(0)
+        changed.append(word if flag or word.startswith("--") else f"-{word}")
+        if valued and not equals and rest:
+            changed.append(rest.pop(0))
+    return [*changed, *([] if not rest or rest[0] == "--" else ["--"]), *rest]
+
+
+_WITH_VALUE = ("lang", "vm", "args", "arguments", "stdin", "file", "put", "get", "timeout", "output-limit", "session")
+
+
+_COMMANDS = (
+    "machines",
+    "keepers",
+    "programs",
+    "states",
+    "languages",
+    "networks",
+    "benches",
+)  # in the order of the help
+# What typer raises when it does not understand a call; this is the only one of the family that it exports.
+_NotUnderstoodError: Any = typer.BadParameter.__mro__[1]
+
+
+def define(arguments: list[str]) -> None:
+    """Define the commands. A call that runs a program needs to know no others, and bots make many of these."""
+    for module in ("programs",) if arguments[:1] in (["exec"], ["client"]) else _COMMANDS:
+        importlib.import_module(f"pbotvm_qemu.cli.{module}")
+
+
+def main() -> None:
+    """Run the command line and exit."""
+    define(sys.argv[1:])
+    try:
+        sys.exit(app(args=pbot_spelling(sys.argv[1:]), prog_name="pbotvm-qemu", standalone_mode=False))
+    except _NotUnderstoodError as exc:
+        _refuse(_understandable(exc))
+    except PbotVMError as exc:
+        _refuse(exc)
+    except KeyboardInterrupt:
+        typer.secho("interrupted; nothing was left behind", err=True)
+        sys.exit(130)
+    except BrokenPipeError:  # whoever read our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+
+
+def _understandable(exc: Any) -> UsageError:
+    """Return typer's refusal of a call as one of ours. Exits where typer has shown its help instead."""
+    text = exc.format_message().rstrip(".")
+    if not text:
+        sys.exit(USAGE)
+    command = exc.ctx.command_path if exc.ctx else "pbotvm-qemu"
+    return UsageError(text, hint=f"see {command} --help")
+
+
+def _refuse(exc: PbotVMError) -> NoReturn:
+    if "--json" in sys.argv:
+        print_json({"error": str(exc), "hint": exc.hint, "kind": exc.kind, "exit_code": exc.exit_code})
+    typer.secho(f"error: {exc}", fg="red", err=True)
+    if exc.hint:
+        typer.secho(f"hint: {exc.hint}", dim=True, err=True)
+    sys.exit(exc.exit_code)

@@ -1,0 +1,103 @@
+"""Commands about languages."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from pbotvm_qemu.cli.base import Json, Machine, app, complete_language, config_for, print_json, say, until_done
+from pbotvm_qemu.errors import OURS
+
+languages = typer.Typer(help="Languages: what a machine has, how each is run, and whether it works.")
+app.add_typer(languages, name="languages")
+
+
+@languages.callback(invoke_without_command=True)
+def list_languages(
+    context: typer.Context,
+    *,
+    vm: Machine = None,
+    as_json: Json = False,
+) -> None:
+    """List the languages: which a machine has, and why not the others."""
+    if context.invoked_subcommand:
+        return
+    from pbotvm_qemu import commands
+
+    found = commands.languages(config_for(vm).machine.name)
+    if as_json:
+        print_json({"languages": found})
+    else:
+        for item in found:
+            aliases = f" ({', '.join(item['aliases'])})" if item["aliases"] else ""  # type: ignore[arg-type]
+            mark = "yes" if item["installed"] else "no"
+            why = f"; {item['why']}" if item["why"] else ""
+            typer.echo(f"{mark:4} {item['name']}{aliases}: {item['description']}{why}")
+    _refused_languages()
+
+
+def _refused_languages() -> None:
+    """Tell of language files that were refused; the others work."""
+    from pbotvm_qemu import paths
+    from pbotvm_qemu.languages import Registry
+
+    for problem in Registry.load(paths.user_languages()).problems.values():
+        typer.secho(f"warning: {problem}", fg="yellow", err=True)
+        if problem.hint:
+            typer.secho(f"hint: {problem.hint}", dim=True, err=True)
+
+
+@languages.command(name="show")
+def show_language(
+    name: Annotated[str, typer.Argument(help="Its name or an alias.", autocompletion=complete_language)],
+    *,
+    as_json: Json = False,
+) -> None:
+    """Show all that is known of a language."""
+    from pbotvm_qemu import commands
+
+    found = commands.language(name)
+    if as_json:
+        print_json(found)
+        return
+    for key, value in found.items():
+        if isinstance(value, dict):
+            shown = ", ".join(f"{inner} = {detail}" for inner, detail in value.items())
+        else:
+            shown = " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+        if shown:
+            typer.echo(f"{key + ':':16} {shown}")
+
+
+@languages.command(name="test")
+def try_languages(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Languages or sets; default: all that the machine has.",
+                                         autocompletion=complete_language)
+    ] = None,
+    *,
+    vm: Machine = None,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Run the samples of languages in a real guest, and print a table of what works."""
+    from dataclasses import asdict
+
+    from pbotvm_qemu import commands, trial
+
+    config = config_for(vm)
+    wanted = commands.installed_languages(config.machine.name, ",".join(names or []))
+    reports = until_done(
+        trial.examine(
+            config,
+            wanted,
+            lambda name, result: say(f"{name}, {result.row}: {result.verdict} {result.detail}".rstrip()),
+        )
+    )
+    if as_json:
+        print_json({"languages": [asdict(report) for report in reports]})
+    else:
+        for line in trial.table(reports):
+            typer.echo(line)
+    if not all(report.passed for report in reports):
+        raise typer.Exit(OURS)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -107,6 +108,38 @@ async def test_without_memory_for_a_clone_the_caller_is_told(name: str, monkeypa
         monkeypatch.setattr("pbotvm_qemu.process.memory_available", lambda: 4 << 30)
         pool._pool._queue_wait = 60.0  # type: ignore[union-attr]
         assert (await pool.run("sh", "echo room")).stdout == b"room\n"
+
+
+@contextlib.contextmanager
+def without_memory(env: Env) -> Iterator[None]:
+    """Let QEMU get no memory for a guest while the body runs: what the keeper starts inherits its limit."""
+    keeper = cli_json(env, "status", "--json")["pid"]
+    before = resource.prlimit(keeper, resource.RLIMIT_AS)
+    resource.prlimit(keeper, resource.RLIMIT_AS, (700 << 20, before[1]))  # the guest alone has 512 MiB
+    try:
+        yield
+    finally:
+        resource.prlimit(keeper, resource.RLIMIT_AS, before)
+
+
+def test_qemu_without_memory_is_told_and_the_pool_heals(kept_env: Env) -> None:
+    with without_memory(kept_env):
+        # One that was ready is still good; its successor is not to be had.
+        assert cli(kept_env, "exec", "-lang=sh", "echo good").stdout == b"good\n"
+        problem = ""
+        for _ in range(100):
+            problem = str(cli_json(kept_env, "status", "--json")["live"]["problem"])
+            if problem != "None":
+                break
+        assert "Cannot allocate memory" in problem
+    assert cli(kept_env, "exec", "-lang=sh", "echo healed").stdout == b"healed\n"
+    assert cli_json(kept_env, "status", "--json")["live"]["problem"] is None
+
+
+def test_a_caller_without_memory_for_his_own_qemu_is_told(vm_env: Env) -> None:
+    limited = ["prlimit", f"--as={700 << 20}", *PROGRAM, "exec", "-lang=sh", "true"]
+    done = subprocess.run(limited, env=vm_env, capture_output=True, timeout=120, check=False)
+    assert_refused(done, 125, "Cannot allocate memory")
 
 
 @contextlib.contextmanager

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 COLLECT_MAX = 64 << 20  # bytes of collected files that the host keeps for one run
 _GRACE = 10.0  # seconds past the run's own wall limit until the agent counts as silent
+_ASK_AGAIN = 0.5  # seconds until an agent that does not answer is asked who it is once more, then twice as many
 _TEXT_MAX = 2000
 _QUEUE_MAX = wire.OUTPUT_WINDOW // wire.FRAME_COST + 4 * wire.FILES_MAX  # frames of one run that wait for its caller
 
@@ -102,6 +103,7 @@ class Channel:
         self._ids = itertools.count(1)
         self._pending: dict[int, _Pending] = {}
         self._hello: asyncio.Future[wire.Frame] | None = None
+        self._nonce = ""
         self._lost: str | None = None
         self._lost_now = asyncio.Event()
         self._task = asyncio.create_task(self._read())
@@ -113,25 +115,34 @@ class Channel:
         return cls(reader, writer)
 
     async def close(self) -> None:
-        """Close the stream; runs that are under way are lost."""
+        """Close the stream; runs that are under way are lost, and what is not sent yet is not sent."""
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
-        self._writer.close()
+        self._writer.transport.abort()
         with contextlib.suppress(OSError):
             await self._writer.wait_closed()
 
-    async def handshake(self, timeout: float) -> Hello:
+    async def handshake(self, timeout: float, *, prelude: bytes = b"") -> Hello:
         """Ask the agent who it is, throwing away whatever the stream held before its answer.
 
-        Raises GuestError when it does not answer in `timeout` seconds or speaks another version.
+        It is asked again from time to time: the rest of an older conversation may have swallowed the question. `prelude`
+        goes before each question. Raises GuestError when it does not answer in `timeout` seconds or speaks another
+        version.
         """
-        nonce = secrets.token_hex(16)
+        self._nonce = secrets.token_hex(16)
         self._decoder = wire.Decoder()
-        self._decoder.expect_hello(nonce)
+        self._decoder.expect_hello(self._nonce)
         self._hello = asyncio.get_running_loop().create_future()
+        question = prelude + wire.encode_json(FrameType.HELLO, 0, {"nonce": self._nonce, "protocol": wire.VERSION})
         try:
-            self._write(wire.encode_json(FrameType.HELLO, 0, {"nonce": nonce, "protocol": wire.VERSION}))
             async with asyncio.timeout(timeout):
+                pause = _ASK_AGAIN
+                while True:
+                    self._write(question)
+                    await asyncio.wait({self._hello}, timeout=pause)
+                    if self._hello.done():
+                        break
+                    pause *= 2
                 frame = await self._hello
         except TimeoutError:
             raise GuestError(

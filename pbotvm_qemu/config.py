@@ -85,6 +85,7 @@ class MachineConfig:
     serial: int = 5555  # TCP port of the guest's third serial port
     health: int = 5556  # TCP port of the guest's fourth serial port
     cid: int = 7  # vsock context id, 0 for none; only on hosts with /dev/vhost-vsock
+    vport: int = 5555  # vsock port of the guest's agent, 0 for none
     net: str = "none"  # network mode, see policy.MODES
 
 
@@ -149,6 +150,7 @@ class PoolConfig:
     size: int = 2  # kept ready and unused
     most: int = 0  # that live at once; 0 for as many as processors and memory carry
     revert: str = "auto"  # the way back to clean: "auto", "clone", "loadvm" or "restart"
+    transport: str = "auto"  # how guests are reached, or one of `transports.NAMES`
     share_memory: bool = True  # whether clones share the template's memory until they change it
     sessions: int = 4  # at once
     session_idle: float = 300.0  # seconds without use that end a session
@@ -209,6 +211,7 @@ _RANGES: dict[tuple[str, str], tuple[float, float]] = {
     ("machine", "serial"): (0, 65535),
     ("machine", "health"): (0, 65535),
     ("machine", "cid"): (0, 0xFFFFFFFE),
+    ("machine", "vport"): (0, 0xFFFFFFFE),
     ("limits", "wall"): (0.1, 86400),
     ("limits", "cpu"): (0, 86400),
     ("limits", "memory"): (0, 1 << 40),
@@ -233,6 +236,7 @@ _RANGES: dict[tuple[str, str], tuple[float, float]] = {
 }
 _WORDS: dict[tuple[str, str], tuple[str, ...]] = {
     ("pool", "revert"): ("auto", "clone", "loadvm", "restart"),
+    ("pool", "transport"): ("auto", "vsock", "vhost-user-vsock", "virtio-serial", "isa-serial"),
     ("machine", "net"): policy.MODES,
     ("network", "egress"): policy.EGRESS,
 }
@@ -243,6 +247,7 @@ _ENVIRONMENT: tuple[tuple[tuple[str, ...], str, str], ...] = (
     (("PBOTVM_SERIAL",), "machine", "serial"),
     (("PBOTVM_HEALTH", "PBOTVM_HEART"), "machine", "health"),
     (("PBOTVM_CID",), "machine", "cid"),
+    (("PBOTVM_VPORT",), "machine", "vport"),
     (("PBOTVM_TIMEOUT",), "limits", "wall"),
     (("PBOTVM_ADDR", "PBOTVM_HOST"), "relay", "host"),
     (("PBOTVM_PORT", "PBOTVM_SERVER"), "relay", "port"),

@@ -110,7 +110,7 @@ async def _prepare(
             hint="free some space, use less --memory, or set XDG_DATA_HOME to a larger disk",
         )
     digest = image.write_initramfs(built, files.initramfs)
-    vsock = bool(hardware.cid) and plan.has_vsock()
+    vsock = bool(hardware.cid and hardware.vport) and plan.has_vsock()
     vhost = net.imagined(hardware.net, hardware.cpus) > 0 and net.has_vhost()
     record = state.MachineRecord(
         name=hardware.name,

@@ -213,7 +213,7 @@ def prepare(record: state.MachineRecord, config: Config) -> plan.Plan:
     """Return the plan that starts `record` from its clean snapshot, with today's ports. Raises what `check` raises."""
     found = check(record)
     ours = plan.Plan.of(dataclasses.replace(record, machine=today(record, config)), found, loadvm=SNAPSHOT)
-    return dataclasses.replace(ours, network=config.network)
+    return dataclasses.replace(ours, network=config.network, transport=config.pool.transport)
 
 
 def today(record: state.MachineRecord, config: Config) -> MachineConfig:

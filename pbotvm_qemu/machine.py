@@ -14,8 +14,8 @@ from contextlib import AsyncExitStack, ExitStack
 from dataclasses import replace
 from typing import IO, TYPE_CHECKING, Self, TypeVar
 
-from pbotvm_qemu import net, paths, process, qmp, template
-from pbotvm_qemu.channel import Channel, Hello
+from pbotvm_qemu import net, paths, process, qmp, template, transports
+from pbotvm_qemu.config import LOOPBACK
 from pbotvm_qemu.errors import GuestError, HostError, LaunchError, MonitorError, PbotVMError, RunLostError, tail
 from pbotvm_qemu.plan import (
     DISK,
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
     from contextlib import AbstractAsyncContextManager
 
-    from pbotvm_qemu.channel import OnOutput, Outcome
+    from pbotvm_qemu.channel import Channel, Hello, OnOutput, Outcome
     from pbotvm_qemu.config import WatchdogConfig
     from pbotvm_qemu.guest.spec import RunSpec
     from pbotvm_qemu.template import Frozen
@@ -100,6 +100,7 @@ class VirtualMachine:
         self.plan = plan
         self.name = plan.config.name
         self.hello: Hello | None = None
+        self.transport_why = ""  # why a preferred transport is not used; empty when it is
         self.spawned_s = 0.0  # seconds from the start to a QEMU that answers
         self.running_s = 0.0  # seconds from the start to a guest that runs; 0 when it was not thawed
         self.ready_s = 0.0  # seconds from the start to the agent's answer
@@ -111,6 +112,8 @@ class VirtualMachine:
         self._child: process.Child | None = None
         self._monitor: qmp.Monitor | None = None
         self._channel: Channel | None = None
+        self._port: socket.socket | None = None  # our end of the agent's virtio-serial port
+        self._cid = 0
         self._log: IO[bytes] | None = None
         self._log_start = 0
         self._disk: IO[bytes] | None = None
@@ -162,7 +165,8 @@ class VirtualMachine:
 
     async def _start(self, stack: AsyncExitStack) -> None:
         started = time.monotonic()
-        ours_monitor, ours_agent = await self._spawn(stack)
+        ours_monitor = await self._spawn(stack)
+        stack.push_async_callback(self._hang_up)
         assert self._child
         within = (BOOT_TIMEOUT if self.plan.boot and not self.plan.loadvm else RESTORE_TIMEOUT)[self.plan.accelerator]
         try:
@@ -173,8 +177,6 @@ class VirtualMachine:
                 thawed = await ready_or_dead(self._load(monitor, self._thaw), self._child, _LOAD_TIMEOUT)
                 monitor = monitor if thawed else None
                 self.running_s = time.monotonic() - started
-            self._channel = await Channel.open(ours_agent)
-            stack.push_async_callback(self._channel.close)
             hello = await ready_or_dead(self._greet(within), self._child, within + 5) if monitor else None
         except (MonitorError, GuestError, TimeoutError) as exc:
             await self._child.wait(1.0)
@@ -186,8 +188,8 @@ class VirtualMachine:
         stack.push_async_callback(self._quit)  # first on the way out, while the monitor is still connected
         self.ready_s = time.monotonic() - started
 
-    async def _spawn(self, stack: AsyncExitStack) -> tuple[socket.socket, socket.socket]:
-        """Start QEMU; return our ends of its monitor and of the agent's channel."""
+    async def _spawn(self, stack: AsyncExitStack) -> socket.socket:
+        """Start QEMU; return our end of its monitor."""
         plan = self.plan
         if self._own_memory:
             stack.callback(self._own_memory.close)
@@ -198,6 +200,7 @@ class VirtualMachine:
             ours_agent, their_agent = socket.socketpair()
             stack.callback(ours_monitor.close)
             stack.callback(ours_agent.close)
+            self._port = ours_agent
             theirs.enter_context(their_monitor)
             theirs.enter_context(their_agent)
             descriptors = Descriptors(monitor=their_monitor.fileno(), agent=their_agent.fileno())
@@ -209,9 +212,9 @@ class VirtualMachine:
             self.attachment = await self._attach(stack)
             descriptors = replace(descriptors, taps=self.attachment.taps, vhosts=self.attachment.vhosts)
             if plan.vsock:
-                vsock, cid = open_vsock(plan.config.cid)
+                vsock, self._cid = open_vsock(plan.config.cid)
                 theirs.callback(os.close, vsock)
-                plan = replace(plan, config=replace(plan.config, cid=cid))
+                plan = replace(plan, config=replace(plan.config, cid=self._cid))
                 descriptors = replace(descriptors, vsock=vsock)
             if plan.disk is None:
                 assert self._thaw
@@ -234,7 +237,7 @@ class VirtualMachine:
             )
         stack.push_async_callback(self._reap)
         self.attachment.hand_over()
-        return ours_monitor, ours_agent
+        return ours_monitor
 
     async def _attach(self, stack: AsyncExitStack) -> net.Attachment:
         """Take this machine's place in its network; it is left after QEMU's end."""
@@ -253,10 +256,40 @@ class VirtualMachine:
         await monitor.execute("cont")
         return True
 
+    def _transports(self) -> list[transports.Transport]:
+        """Return the ways to the agent that may be tried, the preferred first.
+
+        Raises GuestError when this machine does not have the one that was asked for.
+        """
+        plan = self.plan
+        assert self._port
+        ways: list[transports.Transport] = []
+        if plan.vsock:
+            ways.append(transports.Vsock(self._cid, plan.config.vport))
+        ways.append(transports.VirtioSerial(self._port))
+        if plan.transport == transports.AUTO:
+            return ways
+        if self.serial:
+            ways.append(transports.IsaSerial(self.serial))
+        elif plan.config.serial:
+            ways.append(transports.IsaSerial((LOOPBACK, plan.config.serial)))
+        wanted = [way for way in ways if way.name == plan.transport]
+        if not wanted:
+            raise GuestError(
+                f"machine {self.name!r} has no {plan.transport}", hint="use --transport auto; see `pbotvm-qemu doctor`"
+            )
+        return wanted
+
     async def _greet(self, within: float) -> Hello:
-        hello = await self.channel.handshake(within)
+        """Open the best way to the agent, and tell the guest who and when it is."""
+        reached = await transports.choose(self._transports(), within)
+        self._channel, self.transport_why = reached.channel, reached.why
         await self.channel.resume(self._hostname, network=self.attachment.resume)
-        return hello
+        return reached.hello
+
+    async def _hang_up(self) -> None:
+        if self._channel:
+            await self._channel.close()
 
     def _open_log(self, stack: AsyncExitStack) -> None:
         """Have a file for what QEMU prints: the machine's log, or one without a name for a clone."""
@@ -377,6 +410,8 @@ class VirtualMachine:
         Raises MonitorError when QEMU refuses (the guest runs on as before), GuestError when the agent stays silent.
         """
         await self.monitor.snapshot_load(tag, DISK, timeout=timeout)
+        # The guest has forgotten its end of the conversation, and would never say so.
+        await self._hang_up()
         self.hello = await self._greet(timeout)
 
     async def freeze(self, state_file: int) -> None:

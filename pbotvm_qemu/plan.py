@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from pbotvm_qemu import accel, net, paths, process
+from pbotvm_qemu import accel, net, paths, process, transports
 from pbotvm_qemu.config import LOOPBACK
 from pbotvm_qemu.errors import HostError, StateError
 from pbotvm_qemu.guest import wire
@@ -135,6 +135,7 @@ class Plan:
     memory: Memory = field(default_factory=Memory)
     loadvm: str | None = None
     serial_inherited: bool = False  # the third serial line is a socket that QEMU inherits, not a TCP port
+    transport: str = transports.AUTO  # how the agent is reached
     incoming: bool = False  # wait for a state over QMP
 
     @classmethod
@@ -176,6 +177,10 @@ class Plan:
 def escape(value: str | Path) -> str:
     """Return `value` for use inside a QEMU option list, where a comma is written twice."""
     return str(value).replace(",", ",,")
+
+
+def _kernel_command_line(config: MachineConfig) -> str:
+    return f"{_KERNEL_COMMAND_LINE} pbotvm.vport={config.vport}"
 
 
 def devices(plan: Plan, descriptors: Descriptors) -> list[str]:
@@ -262,7 +267,7 @@ def command(plan: Plan, descriptors: Descriptors) -> list[str]:
     ]  # fmt: skip
     if plan.boot:
         argv += ["-kernel", str(plan.boot.kernel), "-initrd", str(plan.boot.initramfs)]
-        argv += ["-append", _KERNEL_COMMAND_LINE]
+        argv += ["-append", _kernel_command_line(plan.config)]
     if plan.loadvm:
         argv += ["-loadvm", plan.loadvm]
     if plan.incoming:
@@ -358,7 +363,7 @@ def fingerprint(
         "kernel": files["vmlinuz"],
         "root image": files["root.qcow2"],
         "initramfs": initramfs_sha256,
-        "kernel command line": _digest(_KERNEL_COMMAND_LINE.encode()),
+        "kernel command line": _digest(_kernel_command_line(config).encode()),
         "agent protocol": str(wire.VERSION),
         "vsock": "yes" if vsock else "no",
         "vhost-net": "yes" if vhost else "no",

@@ -183,6 +183,7 @@ class Pool:
             "revert_why": self.way.why,
             "pids": sorted(lease.machine.pid for lease in self._alive),
             "transport": hello.transport if hello else None,
+            "transport_why": first.machine.transport_why if first else None,
             "kernel": hello.kernel if hello else None,
             "ready_s": round(first.machine.ready_s, 3) if first else None,
             "problem": str(self.problem) if self.problem else None,

@@ -1,9 +1,10 @@
-"""The agent: answers the host on one channel and runs what it is asked to run."""
+"""The agent: answers the host on every channel that this guest has, and runs what it is asked to run."""
 
 from __future__ import annotations
 
 import base64
 import binascii
+import itertools
 import os
 import sys
 from typing import TYPE_CHECKING
@@ -23,17 +24,63 @@ _MESSAGE_MAX = 1000
 
 
 class Agent:
-    """Serves one port: `hello`, `resume`, `ping`, and any number of runs at once up to RUNS_MAX."""
+    """What all conversations of this guest share; `serve` begins one."""
 
-    def __init__(self, loop: Loop, fd: int, owner: Owner, *, transport: str) -> None:
-        self._loop = loop
-        self._owner = owner
+    def __init__(self, loop: Loop, owner: Owner) -> None:
+        self.loop = loop
+        self.owner = owner
+        self.legacy = legacy.Server(loop, owner, host_busy=lambda: bool(self.runs), on_native=self.serve)
+        self._peers: set[Peer] = set()
+        self._numbers = itertools.count(1)
+
+    @property
+    def runs(self) -> int:
+        """How many programs run for hosts that speak the native protocol."""
+        return sum(len(peer.runs) for peer in self._peers)
+
+    def serve(self, fd: int, transport: str, *, first: bytes = b"", on_end: Callable[[], None] | None = None) -> Peer:
+        """Talk frames on `fd`; `first` was read from it already.
+
+        With `on_end` the conversation ends when the stream does, or when framing is lost; without it the stream is a
+        port that stays, on which a host may come back.
+        """
+        ended: Callable[[], None] | None = None
+        if on_end:
+            back = on_end
+
+            def ended() -> None:
+                self._peers.discard(peer)
+                back()
+
+        # Runs on other streams may have the same ids, and get folders of their own.
+        prefix = f"{next(self._numbers)}-" if on_end else ""
+        peer = Peer(self, fd, transport, prefix, ended)
+        self._peers.add(peer)
+        peer.begin(first)
+        return peer
+
+
+class Peer:
+    """One host's conversation: `hello`, `resume`, `ping`, and any number of runs at once up to RUNS_MAX."""
+
+    def __init__(self, agent: Agent, fd: int, transport: str, prefix: str, on_end: Callable[[], None] | None) -> None:
+        self._agent = agent
+        self._loop = agent.loop
         self._transport = transport
-        self._runs: dict[int, Run] = {}
-        self._port = Port(loop, fd, on_frame=self._frame, on_room=self._room, on_lost=self._lost)
-        self.legacy = legacy.Server(loop, owner, host_busy=lambda: bool(self._runs))
-        # Unasked, it tells a host that is in the middle of something that all of that is lost.
-        self._hello({"nonce": "started"})
+        self._prefix = prefix
+        self._nonce = ""
+        self.runs: dict[int, Run] = {}
+        self._port = Port(agent.loop, fd, on_frame=self._frame, on_room=self._room, on_lost=self._lost, on_end=on_end)
+
+    def begin(self, first: bytes) -> None:
+        """Start: with the bytes `first` that the host has sent already, or else with a word to it.
+
+        Unasked, that tells a host that is in the middle of something that all of that is lost.
+        """
+        if first:
+            self._port.feed(first)
+        else:
+            self._hello({"nonce": "started"})
 
     def _frame(self, frame: wire.Frame) -> None:
         try:
@@ -42,7 +89,7 @@ class Agent:
             self._error(frame.id, "bad-request", str(exc))
         except wire.WireError as exc:
             self._error(frame.id, "protocol", str(exc))
-            if run := self._runs.get(frame.id):
+            if run := self.runs.get(frame.id):
                 run.cancel()
         except OSError as exc:
             self._error(frame.id, "guest", f"{exc.strerror}: {exc.filename or ''}".rstrip(": "))
@@ -59,7 +106,7 @@ class Agent:
         elif type_ == FrameType.RUN:
             self._run(frame)
         elif type_ in (FrameType.DATA, FrameType.STDIN, FrameType.CREDIT, FrameType.SIGNAL, FrameType.CANCEL):
-            if run := self._runs.get(frame.id):  # for one that has ended: it crossed our exit frame
+            if run := self.runs.get(frame.id):  # for one that has ended: it crossed our exit frame
                 self._for_run(run, frame)
         else:
             self._error(frame.id, "unknown-type", f"this agent does not know frames of type {type_}")
@@ -83,6 +130,9 @@ class Agent:
         nonce = question.get("nonce")
         if not isinstance(nonce, str) or not nonce.isalnum() or len(nonce) > 64:
             raise wire.WireError("hello: nonce is not a short word")
+        if nonce != self._nonce:  # another host, who knows nothing of what was under way; not the same one asking again
+            self._nonce = nonce
+            self._forget()
         kernel = os.uname()
         self._port.send(
             wire.encode_json(
@@ -97,7 +147,7 @@ class Agent:
                     "kernel": kernel.release,
                     "hostname": kernel.nodename,
                     "memory": system.memory_total(),
-                    "runs": len(self._runs),
+                    "runs": self._agent.runs,
                 },
             )
         )
@@ -123,30 +173,35 @@ class Agent:
             network.resume(question["network"])
 
     def _run(self, frame: wire.Frame) -> None:
-        if not frame.id or frame.id in self._runs:
+        if not frame.id or frame.id in self.runs:
             raise spec.BadRequestError(f"run id {frame.id} is in use or 0")
-        if len(self._runs) >= wire.RUNS_MAX:
+        if self._agent.runs >= wire.RUNS_MAX:
             self._error(frame.id, "busy", f"{wire.RUNS_MAX} programs run already")
             return
-        if self.legacy.used:
+        if self._agent.legacy.used:
             self._error(frame.id, "used", "this machine has run a program for another peer")
             return
         request = spec.parse(wire.decode_json(frame.payload))
         # Run() can end at once and call _done, so the place is taken before.
-        run = Run(self._loop, self._port, frame.id, request, self._owner, self._done)
+        run = Run(
+            self._loop, self._port, frame.id, request, self._agent.owner, self._done, folder=f"{self._prefix}{frame.id}"
+        )
         if not run.done:
-            self._runs[frame.id] = run
+            self.runs[frame.id] = run
 
     def _done(self, id_: int) -> None:
-        self._runs.pop(id_, None)
+        self.runs.pop(id_, None)
 
     def _room(self) -> None:
-        for run in list(self._runs.values()):
+        for run in list(self.runs.values()):
             run.resume()
 
     def _lost(self, why: str) -> None:
         print(f"agent: channel lost: {why}", file=sys.stderr, flush=True)  # noqa: T201 - the guest's console
-        for run in list(self._runs.values()):
+        self._forget()
+
+    def _forget(self) -> None:
+        for run in list(self.runs.values()):
             run.close()
 
     def _error(self, id_: int, code: str, message: str) -> None:
@@ -167,7 +222,7 @@ def _serve_others(loop: Loop, server: legacy.Server, options: dict[str, str]) ->
     services: dict[str, Callable[[str], object]] = {
         "legacy": lambda path: server.serial(system.open_serial(path)),
         "health": lambda path: health.Health(loop, system.open_serial(path)),
-        "vsock": lambda port: server.listen(int(port)),
+        "vsock": lambda port: server.listen(int(port)) if port != "0" else None,
         "vsock-health": lambda port: health.Listener(loop, int(port)),
     }
     for name, serve in services.items():
@@ -201,7 +256,8 @@ def main(arguments: list[str] | None = None) -> None:
     else:
         network.prepare()
         fd, transport = os.open(system.find_port(options["port"]), os.O_RDWR | os.O_NONBLOCK), "virtio-serial"
-    agent = Agent(loop, fd, owner, transport=transport)
+    agent = Agent(loop, owner)
+    agent.serve(fd, transport)
     _serve_others(loop, agent.legacy, options)
     while True:
         loop.step()

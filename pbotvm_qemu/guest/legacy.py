@@ -11,7 +11,7 @@ import os
 import shlex
 import socket
 from collections import deque
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from . import spec, wire, words
 from .loop import READ, WRITE
@@ -33,6 +33,7 @@ _CPU = 8  # seconds
 _FILE = 2000  # KiB
 _PROCESSES = 200
 _OUTPUT = 1 << 20  # bytes
+_FRAME = bytes([wire.MAGIC])
 _BUILD_FILE = 256 << 20  # bytes that a compiler may write
 
 BUSY = "Virtual machine is temporarily unavailable, try again soon."
@@ -46,14 +47,23 @@ _COMPILED = {
 _NO_PROGRAM = ("--version", "--analyze")
 
 
+class OnNative(Protocol):
+    """Takes over a descriptor from which `first` was read, and calls `on_end` when it has no more use for it."""
+
+    def __call__(self, fd: int, transport: str, *, first: bytes, on_end: Callable[[], None]) -> object:
+        """Begin."""
+
+
 class Server:
     """Runs programs for legacy peers, and knows whether the machine is still clean.
 
-    `host_busy` tells whether the host has a run of its own under way: then nobody else gets the machine.
+    `host_busy` tells whether the host has a run of its own under way: then nobody else gets the machine. `on_native`
+    takes over a stream on which a frame begins where a line should: the first byte of a frame is in no text.
     """
 
-    def __init__(self, loop: Loop, owner: Owner, host_busy: Callable[[], bool]) -> None:
+    def __init__(self, loop: Loop, owner: Owner, host_busy: Callable[[], bool], on_native: OnNative) -> None:
         self.loop = loop
+        self.on_native = on_native
         self._owner = owner
         self._host_busy = host_busy
         self._runs = 0
@@ -282,6 +292,11 @@ class Conversation:
         if not data:
             self._hang_up()
             return
+        if not (self._line or self._block or self._busy or self._requests):
+            data = data.lstrip(b"\r\n")
+            if data[:1] == _FRAME:
+                self._hand_over(data)
+                return
         first, *others = data.replace(b"\r", b"").split(b"\n")
         self._line += first
         for piece in others:
@@ -292,6 +307,15 @@ class Conversation:
             self._block.clear()
             self._line = self._line[-16:]  # enough to know the end of it
         self._next()
+
+    def _hand_over(self, data: bytes) -> None:
+        """Leave the stream to frames. A serial line comes back when they end, a connection is over then."""
+        self._server.loop.watch(self._fd, 0, self._ready)
+        if self._on_close:
+            self._server.on_native(self._fd, "vsock", first=data, on_end=self._close)
+        else:
+            again = lambda: self._server.loop.watch(self._fd, READ, self._ready)  # noqa: E731
+            self._server.on_native(self._fd, "isa-serial", first=data, on_end=again)
 
     def _take(self, line: bytes) -> None:
         """Take one line; the one that ends a request completes it."""

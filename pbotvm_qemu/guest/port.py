@@ -22,7 +22,8 @@ class Port:
     """One open descriptor that carries frames.
 
     `on_frame` gets every frame; `on_room` is called when data may be added again; `on_lost` when the stream cannot be
-    used any more: the host went away, or framing was lost.
+    used any more: the host went away, or framing was lost. After that, the port looks again whether a host is there; one
+    with `on_end` is given up instead, and that is called: it may close the descriptor, or use it otherwise.
     """
 
     def __init__(
@@ -33,12 +34,15 @@ class Port:
         on_frame: Callable[[wire.Frame], None],
         on_room: Callable[[], None],
         on_lost: Callable[[str], None],
+        on_end: Callable[[], None] | None = None,
     ) -> None:
         self._loop = loop
         self._fd = fd
         self._on_frame = on_frame
         self._on_room = on_room
         self._on_lost = on_lost
+        self._on_end = on_end
+        self._ended = False
         self._decoder = wire.Decoder()
         self._urgent: deque[bytes] = deque()
         self._queue: deque[bytes] = deque()
@@ -59,6 +63,8 @@ class Port:
 
     def send(self, frame: bytes, *, urgent: bool = False) -> None:
         """Queue one encoded frame; an urgent one overtakes data that is not yet under way."""
+        if self._ended:
+            return
         (self._urgent if urgent else self._queue).append(frame)
         self._waiting += len(frame)
         self._flush()
@@ -66,7 +72,7 @@ class Port:
     def _ready(self, events: int) -> None:
         if events & WRITE:
             self._flush()
-        if events & READ:
+        if events & READ and not self._ended:
             self._receive()
 
     def _receive(self) -> None:
@@ -81,13 +87,18 @@ class Port:
             self._lost("the host closed the channel")
             return
         self._absent = False
+        self.feed(data)
+
+    def feed(self, data: bytes) -> None:
+        """Take bytes that the host has sent."""
         try:
             frames = self._decoder.feed(data)
         except wire.WireError as exc:
             self._lost(str(exc))
             return
         for frame in frames:
-            self._on_frame(frame)
+            if not self._ended:
+                self._on_frame(frame)
 
     def _flush(self) -> None:
         while True:
@@ -122,7 +133,14 @@ class Port:
         self._queue.clear()
         self._partial = None
         self._waiting = 0
+        if self._ended:
+            return
         self._loop.watch(self._fd, 0, self._ready)
+        if self._on_end:
+            self._ended = True
+            self._on_lost(why)
+            self._on_end()
+            return
         self._loop.after(_ABSENT, lambda: self._loop.watch(self._fd, READ, self._ready))
         if not self._absent:  # said once, not ten times a second
             self._absent = True

@@ -79,7 +79,15 @@ class Run:
     """Follows one `run` frame to its `exit` frame. Call `close` to forget it without an answer."""
 
     def __init__(
-        self, loop: Loop, port: Port, id_: int, spec: RunSpec, owner: Owner, on_done: Callable[[int], None]
+        self,
+        loop: Loop,
+        port: Port,
+        id_: int,
+        spec: RunSpec,
+        owner: Owner,
+        on_done: Callable[[int], None],
+        *,
+        folder: str = "",
     ) -> None:
         self._loop = loop
         self._port = port
@@ -89,7 +97,7 @@ class Run:
         self._on_done = on_done
         self._stage = _Stage.RECEIVING
         self._keep = spec.keep
-        self._directory = f"{owner.home}/{'session' if self._keep else id_}"
+        self._directory = f"{owner.home}/{'session' if self._keep else folder or id_}"
         self._pending_files = deque(spec.files)
         self._file = -1
         self._file_left = 0

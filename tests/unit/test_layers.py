@@ -17,6 +17,7 @@ ROWS = (
     {"guest", "errors", "turns", "service"},
     {"policy"},
     {"addresses", "paths", "endpoints", "links", "process", "qmp", "channel", "runlog", "languages"},
+    {"transports"},
     {"config"},
     {"bridgehelper", "dhcp", "netfilter", "accel", "image", "state", "request", "reply", "watchdog", "pbot_guest", "metrics", "editing"},
     {"netprobe", "netsetup"},

@@ -31,6 +31,7 @@ class Machine:
         self.way = way
         self.name = "m"
         self.pid = len(way.made) + 1000
+        self.transport_why = ""
         self.hello = Hello("1", "fake", "k", "h")
         self.ready_s = 0.0
         self.exited: asyncio.Future[int] = asyncio.get_running_loop().create_future()

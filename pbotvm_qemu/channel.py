@@ -89,6 +89,7 @@ class _Pending:
     def __init__(self) -> None:
         self.frames: asyncio.Queue[wire.Frame | None] = asyncio.Queue()  # None: the channel is lost
         self.window = wire.OUTPUT_WINDOW
+        self.taken = 0  # bytes of it that were handed on, and for which the guest has no credit yet
         self.stdin_credit = wire.STDIN_WINDOW
         self.stdin_room = asyncio.Event()
 
@@ -314,9 +315,13 @@ class Channel:
             await self._writer.drain()
 
     def _grant(self, id_: int, pending: _Pending, count: int) -> None:
-        pending.window += count
+        pending.taken += count
+        if pending.taken < wire.CREDIT:
+            return
+        pending.window += pending.taken
         if not self._lost:
-            self._write(wire.encode_credit(id_, count))
+            self._write(wire.encode_credit(id_, pending.taken))
+        pending.taken = 0
 
     def _register(self) -> tuple[int, _Pending]:
         id_ = next(self._ids)

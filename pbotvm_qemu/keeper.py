@@ -10,7 +10,7 @@ import signal
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING
 
-from pbotvm_qemu import image, paths, plan, pool, process, service, snapshots, state, ways
+from pbotvm_qemu import image, paths, plan, pool, process, service, snapshots, state, transports, ways
 from pbotvm_qemu.config import SNAPSHOT
 from pbotvm_qemu.control import ControlServer
 from pbotvm_qemu.errors import UsageError
@@ -213,7 +213,8 @@ def prepare(record: state.MachineRecord, config: Config) -> plan.Plan:
     """Return the plan that starts `record` from its clean snapshot, with today's ports. Raises what `check` raises."""
     found = check(record)
     ours = plan.Plan.of(dataclasses.replace(record, machine=today(record, config)), found, loadvm=SNAPSHOT)
-    return dataclasses.replace(ours, network=config.network, transport=config.pool.transport)
+    memory = plan.Memory(shared=config.pool.transport == transports.DAEMON)
+    return dataclasses.replace(ours, network=config.network, transport=config.pool.transport, memory=memory)
 
 
 def today(record: state.MachineRecord, config: Config) -> MachineConfig:

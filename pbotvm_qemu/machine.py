@@ -14,7 +14,7 @@ from contextlib import AsyncExitStack, ExitStack
 from dataclasses import replace
 from typing import IO, TYPE_CHECKING, Self, TypeVar
 
-from pbotvm_qemu import net, paths, process, qmp, template, transports
+from pbotvm_qemu import net, paths, process, qmp, template, transports, vhost_user
 from pbotvm_qemu.config import LOOPBACK
 from pbotvm_qemu.errors import GuestError, HostError, LaunchError, MonitorError, PbotVMError, RunLostError, tail
 from pbotvm_qemu.plan import (
@@ -114,6 +114,8 @@ class VirtualMachine:
         self._channel: Channel | None = None
         self._port: socket.socket | None = None  # our end of the agent's virtio-serial port
         self._cid = 0
+        self._problem = ""
+        self._daemon: vhost_user.Daemon | None = None
         self._log: IO[bytes] | None = None
         self._log_start = 0
         self._disk: IO[bytes] | None = None
@@ -177,6 +179,8 @@ class VirtualMachine:
                 thawed = await ready_or_dead(self._load(monitor, self._thaw), self._child, _LOAD_TIMEOUT)
                 monitor = monitor if thawed else None
                 self.running_s = time.monotonic() - started
+            if monitor and self.plan.transport == transports.DAEMON:
+                await self._plug(stack, monitor)
             hello = await ready_or_dead(self._greet(within), self._child, within + 5) if monitor else None
         except (MonitorError, GuestError, TimeoutError) as exc:
             await self._child.wait(1.0)
@@ -256,6 +260,28 @@ class VirtualMachine:
         await monitor.execute("cont")
         return True
 
+    async def _plug(self, stack: AsyncExitStack, monitor: qmp.Monitor) -> None:
+        """Give the guest the vsock of a daemon, or note why it cannot have one."""
+        assert self._log
+        problem = self.plan.transport_problem
+        if not problem and not (self.plan.memory.shared or self._own_memory):
+            problem = (
+                "clones map their memory copy on write, where a vhost-user daemon cannot see it: "
+                "use --revert restart, or share-memory = false in [pool]"
+            )
+        if not problem and not self.plan.config.vport:
+            problem = "vport is 0"
+        try:
+            if not problem:
+                daemon = await stack.enter_async_context(vhost_user.Daemon(self.name, self._log.fileno()))
+                await daemon.plug(monitor)
+                self._daemon = daemon
+        except (HostError, MonitorError, OSError) as exc:
+            problem = str(exc)
+        if problem:
+            self._problem = f"{transports.DAEMON}: {problem}"
+            log.warning("%s; using virtio-serial", self._problem)
+
     def _transports(self) -> list[transports.Transport]:
         """Return the ways to the agent that may be tried, the preferred first.
 
@@ -267,7 +293,9 @@ class VirtualMachine:
         if plan.vsock:
             ways.append(transports.Vsock(self._cid, plan.config.vport))
         ways.append(transports.VirtioSerial(self._port))
-        if plan.transport == transports.AUTO:
+        if self._daemon:
+            ways.insert(0, transports.VhostUserVsock(self._daemon.path, plan.config.vport))
+        if plan.transport in (transports.AUTO, transports.DAEMON):
             return ways
         if self.serial:
             ways.append(transports.IsaSerial(self.serial))
@@ -282,7 +310,7 @@ class VirtualMachine:
 
     async def _greet(self, within: float) -> Hello:
         """Open the best way to the agent, and tell the guest who and when it is."""
-        reached = await transports.choose(self._transports(), within)
+        reached = await transports.choose(self._transports(), within, problem=self._problem)
         self._channel, self.transport_why = reached.channel, reached.why
         await self.channel.resume(self._hostname, network=self.attachment.resume)
         return reached.hello

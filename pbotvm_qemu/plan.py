@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from pbotvm_qemu.image import Image
     from pbotvm_qemu.state import MachineRecord
 
+SLOT = "slot0"  # where a device can be plugged into a running guest
 DISK = "disk0"  # block node of the machine's qcow2 file
 _AGENT_PORT = "org.pbotvm.agent"
 _VSOCK = "/dev/vhost-vsock"
@@ -102,7 +103,8 @@ class Memory:
     """Where the guest's memory lives: by default nowhere but in the process.
 
     `shared` writes go to the file (a template in the making), otherwise they stay in the process (copy on write).
-    `protected` has QEMU open the file for reading only, which it can from 8.2 on.
+    Without a file, `shared`
+    memory can be seen by a vhost-user daemon. `protected` has QEMU open the file for reading only, which it can from 8.2 on.
     """
 
     file: Path | None = None
@@ -112,6 +114,8 @@ class Memory:
     def argument(self, size: str) -> str:
         """Return the value of QEMU's -object."""
         if self.file is None:
+            if self.shared:
+                return f"memory-backend-memfd,id=ram0,size={size},share=on"
             return f"memory-backend-ram,id=ram0,size={size}"
         rights = ",readonly=on,rom=off" if self.protected and not self.shared else ""
         share = "on" if self.shared else "off"
@@ -136,6 +140,7 @@ class Plan:
     loadvm: str | None = None
     serial_inherited: bool = False  # the third serial line is a socket that QEMU inherits, not a TCP port
     transport: str = transports.AUTO  # how the agent is reached
+    transport_problem: str = ""  # why a vhost-user daemon cannot serve this way back to clean
     incoming: bool = False  # wait for a state over QMP
 
     @classmethod
@@ -214,7 +219,8 @@ def devices(plan: Plan, descriptors: Descriptors) -> list[str]:
     ]  # fmt: skip
     if plan.vsock:
         argv += ["-device", f"vhost-vsock-pci,id=vsock0,guest-cid={config.cid},vhostfd={descriptors.vsock}"]
-    return argv + net.policy_arguments(config.net, taps=descriptors.taps, vhosts=descriptors.vhosts)
+    argv += net.policy_arguments(config.net, taps=descriptors.taps, vhosts=descriptors.vhosts)
+    return argv + (["-device", f"pcie-root-port,id={SLOT},chassis=1,slot=1"] if config.vport else [])
 
 
 def _imagined(plan: Plan) -> Descriptors:
@@ -248,15 +254,16 @@ def _tcp(name: str, port: int) -> str:
 def command(plan: Plan, descriptors: Descriptors) -> list[str]:
     """Return the argument list that starts QEMU, with the program that drops its rights in front."""
     argv = [
-        *_unprivileged(plan.accelerator),
+        *unprivileged(plan.accelerator),
         plan.qemu,
         "-name", f"guest={escape(plan.config.name)},debug-threads=on",
         "-uuid", plan.uuid,
         "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
-        "-only-migratable",
         "-msg", "timestamp=on",
         "-sandbox", SANDBOX,
     ]  # fmt: skip
+    if plan.transport != transports.DAEMON:  # a device that cannot be saved fails at launch, not at the snapshot
+        argv.append("-only-migratable")
     for number, descriptor in ((_OVERLAY_SET, descriptors.overlay), (_CONSOLE_SET, descriptors.console)):
         if descriptor is not None:
             argv += ["-add-fd", f"fd={descriptor},set={number}"]
@@ -297,8 +304,8 @@ def system_user() -> pwd.struct_passwd:
     )
 
 
-def _unprivileged(accelerator: str) -> list[str]:
-    """Return the front part that gives up rights, and has the kernel kill QEMU when we die, however we die."""
+def unprivileged(accelerator: str = "") -> list[str]:
+    """Return the front part that gives up rights, and has the kernel kill the program when we die, however we die."""
     setpriv = process.find_program("setpriv", package="util-linux")
     argv = [setpriv, "--no-new-privs", "--pdeathsig", "KILL"]
     if os.geteuid() == 0:

@@ -101,6 +101,13 @@ class Monitor:
         await self.execute("getfd", fdname=name)
         return f"fd:{name}"
 
+    async def lend(self, fd: int, name: str) -> str:
+        """Hand the open socket `fd` to QEMU under `name`, for the next command that takes such a name; return it."""
+        with _translate("getfd"):
+            self._client.send_fd_scm(fd)
+        await self.execute("getfd", fdname=name)
+        return name
+
     async def save_state(self, fd: int, *, without_memory: bool, timeout: float) -> None:
         """Write the state of the stopped machine to the open file `fd`; it stays stopped.
 

@@ -25,8 +25,11 @@ log = logging.getLogger(__name__)
 Name = Literal["vsock", "vhost-user-vsock", "virtio-serial", "isa-serial"]
 NAMES: tuple[str, ...] = get_args(Name)  # the preferred first
 AUTO = "auto"
+DAEMON: Name = "vhost-user-vsock"
 
 FALL_BACK = 1.0  # seconds that a preferred way has to answer, before the next one is taken
+_PLUGGED = 15.0  # seconds for a guest to find the device that was just plugged in
+_ATTEMPT = 0.3  # seconds for the first try on a transport that connects; twice as many for each further one
 _AGAIN = 0.05  # seconds between two tries to connect: a guest that was just restored may refuse the first one
 _ANSWER_MAX = 64  # bytes of the daemon's answer
 
@@ -35,6 +38,8 @@ class Transport(Protocol):
     """One way to the agent of one guest."""
 
     name: Name
+    connects: bool  # whether each stream is a new connection
+    patience: float  # seconds that it has to answer when there is another way
     prelude: bytes  # what brings the guest's end of the stream to where a frame can begin
 
     async def connect(self) -> socket.socket:
@@ -45,6 +50,8 @@ class VirtioSerial:
     """A virtio-serial port: one stream that lives as long as its QEMU, `stream` is our end of it."""
 
     name: Name = "virtio-serial"
+    connects = False
+    patience = FALL_BACK
     prelude = b""
 
     def __init__(self, stream: socket.socket) -> None:
@@ -62,6 +69,8 @@ class IsaSerial:
     """
 
     name: Name = "isa-serial"
+    connects = False
+    patience = FALL_BACK
     prelude = b"\n"
 
     def __init__(self, line: socket.socket | tuple[str, int]) -> None:
@@ -80,6 +89,8 @@ class Vsock:
     """The host kernel's vsock (/dev/vhost-vsock): context id and port of the guest."""
 
     name: Name = "vsock"
+    connects = True
+    patience = FALL_BACK
     prelude = b""
 
     def __init__(self, cid: int, port: int) -> None:
@@ -94,7 +105,9 @@ class Vsock:
 class VhostUserVsock:
     """The vsock of a `vhost-device-vsock` daemon, which listens on the UNIX socket `path`."""
 
-    name: Name = "vhost-user-vsock"
+    name: Name = DAEMON
+    connects = True
+    patience = _PLUGGED
     prelude = b""
 
     def __init__(self, path: Path, port: int) -> None:
@@ -142,11 +155,18 @@ class Reached:
 
 
 async def reach(transport: Transport, within: float) -> Reached:
-    """Open `transport` and shake hands. Raises GuestError when the agent does not answer in `within` seconds."""
+    """Open `transport` and shake hands. Raises GuestError when the agent does not answer in `within` seconds.
+
+    A guest that does not know its device yet swallows a request to connect, so that is given up and made again.
+    """
     deadline = asyncio.get_running_loop().time() + within
+    attempt = _ATTEMPT
     while True:
         channel = None
         left = deadline - asyncio.get_running_loop().time()
+        if transport.connects:
+            left = min(left, attempt)
+            attempt *= 2
         try:
             async with asyncio.timeout(max(left, 0)):
                 channel = await Channel.open(await transport.connect())
@@ -165,16 +185,16 @@ async def reach(transport: Transport, within: float) -> Reached:
         await asyncio.sleep(_AGAIN)
 
 
-async def choose(transports: Sequence[Transport], within: float) -> Reached:
-    """Return the first of `transports` that answers, trying all but the last for FALL_BACK seconds each.
+async def choose(transports: Sequence[Transport], within: float, *, problem: str = "") -> Reached:
+    """Return the first of `transports` that answers, and why none before it; `problem` is known beforehand. Try all but the last for their patience.
 
     Raises GuestError when the last one does not answer in `within` seconds.
     """
-    problems: list[str] = []
+    problems = [problem] if problem else []
     for transport in transports[:-1]:
         try:
-            return replace(await reach(transport, min(FALL_BACK, within)), why="; ".join(problems))
+            return replace(await reach(transport, min(transport.patience, within)), why="; ".join(problems))
         except GuestError as exc:
             problems.append(str(exc))
-            log.warning("%s; trying %s", exc, transports[len(problems)].name)
+            log.warning("%s; trying another transport", exc)
     return replace(await reach(transports[-1], within), why="; ".join(problems))

@@ -113,6 +113,10 @@ class LoadVM(Restart):
 
     name: Name = "loadvm"
 
+    def __init__(self, plan: Plan, fingerprint: Mapping[str, str], *, why: str) -> None:
+        problem = "a QEMU that loads snapshots cannot have a vhost-user device, whose state it cannot save"
+        super().__init__(dataclasses.replace(plan, transport_problem=problem), fingerprint, why=why)
+
     async def renew(self, machine: VirtualMachine) -> bool:
         """Load the snapshot in the running process.
 

@@ -59,6 +59,13 @@ def complete_network(incomplete: str) -> list[str]:
     return [name for name in addresses.NAMES if name.startswith(incomplete)]
 
 
+def complete_transport(incomplete: str) -> list[str]:
+    """Return the transports whose names begin with `incomplete`, for the shell."""
+    from pbotvm_qemu import transports
+
+    return [name for name in (transports.AUTO, *transports.NAMES) if name.startswith(incomplete)]
+
+
 Name = Annotated[
     Optional[str],
     typer.Argument(help="The machine; default: PBOTVM_DOMAIN or pbot-vm.", autocompletion=complete_machine),
@@ -66,6 +73,14 @@ Name = Annotated[
 Pool = Annotated[Optional[int], typer.Option("--pool", help="Clean machines to keep ready and unused.")]
 Revert = Annotated[
     Optional[str], typer.Option("--revert", help="The way back to clean: auto, clone, loadvm or restart.")
+]
+Transport = Annotated[
+    Optional[str],
+    typer.Option(
+        "--transport",
+        help="How guests are reached: auto, vsock, vhost-user-vsock, virtio-serial or isa-serial.",
+        autocompletion=complete_transport,
+    ),
 ]
 Machine = Annotated[
     Optional[str],

@@ -37,7 +37,8 @@ def pbot_spelling(arguments: list[str]) -> list[str]:
     return [*changed, *([] if not rest or rest[0] == "--" else ["--"]), *rest]
 
 
-_WITH_VALUE = ("lang", "vm", "args", "arguments", "stdin", "file", "put", "get", "timeout", "output-limit", "session")
+_WITH_VALUE = ("lang", "vm", "args", "arguments", "stdin", "file", "put", "get", "timeout", "output-limit", "session",
+               "transport")  # fmt: skip
 
 
 _COMMANDS = (

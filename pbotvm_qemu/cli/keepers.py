@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from pbotvm_qemu.cli.base import Json, Name, Pool, Revert, app, config_for, print_json, say, until_done
+from pbotvm_qemu.cli.base import Json, Name, Pool, Revert, Transport, app, config_for, print_json, say, until_done
 from pbotvm_qemu.errors import UsageError
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ def run(
     listen: Annotated[Optional[str], typer.Option(help="ADDR:PORT for PBot clients.")] = None,
     pool: Pool = None,
     revert: Revert = None,
+    transport: Transport = None,
     no_auth: Annotated[
         bool, typer.Option("--no-auth", help="Listen beyond loopback without a token: whoever connects is served.")
     ] = False,
@@ -39,7 +40,13 @@ def run(
 
     def load() -> Config:
         return config_for(
-            name, relay_host=host, relay_port=port, relay_no_auth=no_auth or None, pool_size=pool, pool_revert=revert
+            name,
+            relay_host=host,
+            relay_port=port,
+            relay_no_auth=no_auth or None,
+            pool_size=pool,
+            pool_revert=revert,
+            pool_transport=transport,
         )
 
     config = load()
@@ -89,23 +96,26 @@ def _address(text: str | None) -> tuple[str | None, int | None]:
 
 
 @app.command()
-def start(name: Name = None, *, pool: Pool = None, revert: Revert = None, as_json: Json = False) -> None:
+def start(
+    name: Name = None, *, pool: Pool = None, revert: Revert = None, transport: Transport = None, as_json: Json = False
+) -> None:
     """Keep a machine ready in the background, for `exec` only."""
-    config = config_for(name, pool_size=pool, pool_revert=revert)
+    config = config_for(name, pool_size=pool, pool_revert=revert, pool_transport=transport)
     arguments = ["--verbose", "keep", config.machine.name, *_pool_arguments(config)]
     _start(config, relay=False, arguments=arguments, as_json=as_json)
 
 
 def _pool_arguments(config: Config) -> list[str]:
-    return ["--pool", str(config.pool.size), "--revert", config.pool.revert]
+    wanted = config.pool
+    return ["--pool", str(wanted.size), "--revert", wanted.revert, "--transport", wanted.transport]
 
 
 @app.command(hidden=True)
-def keep(name: Name = None, *, pool: Pool = None, revert: Revert = None) -> None:
+def keep(name: Name = None, *, pool: Pool = None, revert: Revert = None, transport: Transport = None) -> None:
     """Keep a machine ready without a relay: what `start` puts into the background."""
     from pbotvm_qemu import commands
 
-    config = config_for(name, pool_size=pool, pool_revert=revert)
+    config = config_for(name, pool_size=pool, pool_revert=revert, pool_transport=transport)
     _run_keeper(
         commands.keep(
             config,

@@ -7,7 +7,17 @@ from typing import Annotated, Optional
 
 import typer
 
-from pbotvm_qemu.cli.base import Json, app, complete_language, complete_machine, config_for, print_json, say, until_done
+from pbotvm_qemu.cli.base import (
+    Json,
+    Transport,
+    app,
+    complete_language,
+    complete_machine,
+    config_for,
+    print_json,
+    say,
+    until_done,
+)
 from pbotvm_qemu.errors import StateError, UsageError
 
 
@@ -35,12 +45,13 @@ def execute(
         bool, typer.Option("--keep", help="Open a session for it, and say on stderr how to go on in it.")
     ] = False,
     session: Annotated[Optional[str], typer.Option("--session", help="Run it in this session.")] = None,
+    transport: Transport = None,
     as_json: Json = False,
 ) -> None:
     """Run a program on a clean machine; its output and exit status become ours."""
     from pbotvm_qemu import control, execution, running
 
-    config = config_for(vm, limits_wall=timeout, limits_output=output_limit)
+    config = config_for(vm, limits_wall=timeout, limits_output=output_limit, pool_transport=transport)
     job = execution.prepare(
         code or [], lang=lang, vm=vm, args=args, stdin=stdin, file=file, put=put or [], get=get or []
     )

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from .loop import Loop
 
 _FULL = 256 * 1024  # bytes waiting above which nobody should add data
+_PAGE = 4096
+_READS = 16  # in a row
 _ABSENT = 0.1  # seconds between looks whether the host came back
 
 
@@ -51,7 +53,8 @@ class Port:
         self._was_full = False
         self._absent = False
         os.set_blocking(fd, False)
-        loop.watch(fd, READ, self._ready)
+        self._watched = 0
+        self._watch(READ)
 
     @property
     def full(self) -> bool:
@@ -76,18 +79,27 @@ class Port:
             self._receive()
 
     def _receive(self) -> None:
-        try:
-            data = os.read(self._fd, 1 << 16)
-        except BlockingIOError:
-            return
-        except OSError as exc:
-            self._lost(f"read: {exc.strerror}")
-            return
-        if not data:
-            self._lost("the host closed the channel")
-            return
-        self._absent = False
-        self.feed(data)
+        pieces: list[bytes] = []
+        problem = ""
+        for _ in range(_READS):  # a virtio-serial port gives at most a page at a time
+            try:
+                data = os.read(self._fd, 1 << 16)
+            except BlockingIOError:
+                break
+            except OSError as exc:
+                problem = f"read: {exc.strerror}"
+                break
+            if not data:
+                problem = "the host closed the channel"
+                break
+            pieces.append(data)
+            if len(data) < _PAGE:
+                break
+        if pieces:
+            self._absent = False
+            self.feed(b"".join(pieces))
+        if problem and not self._ended:
+            self._lost(problem)
 
     def feed(self, data: bytes) -> None:
         """Take bytes that the host has sent."""
@@ -118,10 +130,15 @@ class Port:
                 return
             self._waiting -= written
             self._partial = self._partial[written:] if written < len(self._partial) else None
-        self._loop.watch(self._fd, READ | (WRITE if self._partial is not None else 0), self._ready)
+        self._watch(READ | (WRITE if self._partial is not None else 0))
         if self._was_full and self._waiting < _FULL // 2:
             self._was_full = False
             self._on_room()
+
+    def _watch(self, events: int) -> None:
+        if events != self._watched:
+            self._watched = events
+            self._loop.watch(self._fd, events, self._ready)
 
     def _lost(self, why: str) -> None:
         """Forget everything under way, and look again for a host a little later.
@@ -135,13 +152,13 @@ class Port:
         self._waiting = 0
         if self._ended:
             return
-        self._loop.watch(self._fd, 0, self._ready)
+        self._watch(0)
         if self._on_end:
             self._ended = True
             self._on_lost(why)
             self._on_end()
             return
-        self._loop.after(_ABSENT, lambda: self._loop.watch(self._fd, READ, self._ready))
+        self._loop.after(_ABSENT, lambda: self._watch(READ))
         if not self._absent:  # said once, not ten times a second
             self._absent = True
             self._on_lost(why)

@@ -32,6 +32,10 @@ if TYPE_CHECKING:
 
 _LOOK = 0.25  # seconds between two looks at a run's memory
 _STARVED = 4  # looks in a row without memory that end it
+_FAST = 0.002  # seconds between two pieces of output that make a stream a fast one
+_PAUSE = 0.001  # seconds for which a fast stream is left alone
+_PIPE = 256 << 10  # bytes that a stream's pipe holds, where the kernel allows it
+_BURST = 8  # frames of one stream in a row
 _DRAIN = 2.0  # seconds for output to end after every process was killed
 _DRAIN_KEPT = 0.2  # seconds without output after which a kept run's streams are closed: what it left may hold them
 _CORE = "core"  # what start sets core_pattern to
@@ -54,6 +58,12 @@ def _waiting(fd: int) -> bool:
     count = array("i", [0])
     fcntl.ioctl(fd, termios.FIONREAD, count)
     return bool(count[0])
+
+
+def _enlarge(fd: int) -> None:
+    """Let pipe `fd` hold much; without room for that it stays as it is."""
+    with contextlib.suppress(OSError):
+        fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, _PIPE)
 
 
 class Owner:
@@ -110,8 +120,11 @@ class Run:
         self._stdin_queue: deque[bytes] = deque()
         self._stdin_end = False
         self._stdin_room = wire.STDIN_WINDOW
+        self._stdin_taken = 0  # bytes for which the host has no credit yet
         self._outputs: dict[int, FrameType] = {}
         self._paused = False
+        self._late = -1  # the stream that is left alone for a moment
+        self._heard = 0.0  # when output came last
         self._room = wire.OUTPUT_WINDOW
         self._sent = 0
         self._sending: deque[tuple[str, int, int]] = deque()
@@ -206,7 +219,9 @@ class Run:
         if self._paused and not self._port.full and self._room > 0:
             self._paused = False
             for fd in self._outputs:
-                self._loop.watch(fd, READ, lambda _events, fd=fd: self._output(fd))  # type: ignore[misc]
+                self._listen(fd)
+            if self._late >= 0:
+                self._output(self._late)
         if self._stage is _Stage.COLLECTING:
             self._send_files()
 
@@ -275,6 +290,7 @@ class Run:
         if last and self._spec.stdin and not self._reporting:
             stdin_child, self._stdin = os.pipe()
             os.set_blocking(self._stdin, False)
+            _enlarge(self._stdin)
         else:
             stdin_child = os.open("/dev/null", os.O_RDONLY)
         for fd in (stdout_child, stderr_child, *([stdin_child] if self._stdin >= 0 else [])):
@@ -290,6 +306,7 @@ class Run:
         self._loop.watch(self._pidfd, READ, lambda _events: self._reap())
         for fd, type_ in ((stdout, FrameType.STDOUT), (stderr, FrameType.STDERR)):
             os.set_blocking(fd, False)
+            _enlarge(fd)
             self._outputs[fd] = type_ if last else FrameType.STDERR  # a compiler's words are no program output
         self._paused = True
         self.resume()
@@ -425,6 +442,8 @@ class Run:
             self._kill()
         self._close_stdin()
         self._wait_for_output()
+        if self._late >= 0 and not self._paused:
+            self._listen(self._late)
         if not self._outputs:
             self._drained()
 
@@ -443,21 +462,65 @@ class Run:
 
     # Streams -----------------------------------------------------------------------------------------------------------
 
+    def _listen(self, fd: int) -> None:
+        self._loop.watch(fd, READ, lambda _events: self._output(fd))
+
     def _output(self, fd: int) -> None:
+        """Send on what one stream of the program holds, or note its end.
+
+        A program that prints much wakes us for each of its writes, which is most of the work. So a stream on which data
+        come fast is left alone for a moment, and then holds much at once. When the other stream has something meanwhile,
+        the first one is read empty before it: what it holds was written earlier.
+        """
+        late, self._late = self._late, -1
+        if late not in (-1, fd):
+            self._listen(late)
+            while self._forward(late):
+                pass
+            if self._paused:
+                self._late = late
+                return
+        if fd not in self._outputs:
+            return
+        for _ in range(_BURST):
+            if not self._forward(fd):
+                break
+        if self._stage is not _Stage.RUNNING or self._paused or fd not in self._outputs:
+            return
+        now = time.monotonic()
+        if now - self._heard < _FAST:
+            self._leave(fd)
+        self._heard = now
+
+    def _leave(self, fd: int) -> None:
+        """Let a stream fill for a moment."""
+        self._late = fd
+        self._loop.watch(fd, 0, lambda _events: None)
+        self._loop.after(_PAUSE, lambda: self._return(fd))
+
+    def _return(self, fd: int) -> None:
+        """Look after a stream that was left alone, unless that has happened already."""
+        if self._late == fd and not self._paused:
+            self._listen(fd)
+            self._output(fd)
+
+    def _forward(self, fd: int) -> bool:
+        """Send one frame of what stream `fd` holds; tell whether it may hold more that can be sent now."""
         if self._port.full or self._room <= 0:
             self._paused = True
             for other in self._outputs:
                 self._loop.watch(other, 0, lambda _events: None)
-            return
+            return False
         try:
             data = os.read(fd, wire.CHUNK)
         except BlockingIOError:
-            return
+            return False
         if not data:
             self._close_output(fd)
             if not self._outputs and self._stage is _Stage.DRAINING:
                 self._drained()
-            return
+            return False
+        full = len(data) == wire.CHUNK
         left = self._spec.limits.output - self._sent
         if len(data) > left:
             self._truncated = True
@@ -469,11 +532,14 @@ class Run:
             if self._stage is _Stage.DRAINING:  # the host is reading: it gets its time anew
                 self._wait_for_output()
             self._port.send(wire.encode(self._outputs[fd], self._id, data))
+        return full and fd in self._outputs
 
     def _close_output(self, fd: int) -> None:
         self._loop.watch(fd, 0, lambda _events: None)
         os.close(fd)
         del self._outputs[fd]
+        if self._late == fd:
+            self._late = -1
 
     def _feed(self, _events: int) -> None:
         """Write input to the program as far as its pipe takes it, and give the host credit for it."""
@@ -500,9 +566,13 @@ class Run:
                 self._close_stdin()
             else:
                 self._loop.watch(self._stdin, WRITE if self._stdin_queue else 0, self._feed)
-        if done and self._stage is not _Stage.DONE:
-            self._stdin_room += done
-            self._port.send(wire.encode_credit(self._id, done), urgent=True)
+        self._stdin_taken += done
+        # Not for each piece: a frame costs more than its bytes.
+        if self._stage is _Stage.DONE or self._stdin_taken < wire.CREDIT:
+            return
+        self._stdin_room += self._stdin_taken
+        self._port.send(wire.encode_credit(self._id, self._stdin_taken), urgent=True)
+        self._stdin_taken = 0
 
     @property
     def _building(self) -> bool:

@@ -28,6 +28,7 @@ CHUNK = 32 * 1024 - HEADER.size  # bytes of data per frame: with its header, wha
 # Bytes that may be under way without a `credit` frame, per run and direction.
 STDIN_WINDOW = 256 * 1024
 OUTPUT_WINDOW = 1024 * 1024
+CREDIT = 64 * 1024  # bytes that a receiver has taken when it sends credit: a frame for each piece would cost more
 
 # What a frame counts beside its payload: one-byte writes must not make a million frames out of a window.
 FRAME_COST = 64

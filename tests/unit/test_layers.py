@@ -24,6 +24,7 @@ ROWS = (
     {"net", "uplink"},
     {"plan", "execution", "paste"},
     {"template"},
+    {"vhost_user"},
     {"machine"},
     {"ways"},
     {"pool"},

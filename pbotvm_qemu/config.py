@@ -110,6 +110,7 @@ class RelayConfig:
     queue: int = 64  # requests that may wait
     queue_wait: float = 60.0  # seconds that a request may wait
     output: int = 1 << 20  # bytes of output kept for one reply
+    editing: bool = True  # keep what channels run, and take `show`, `replace` and the like for edits of it
     language: str = ""  # of requests that name none; empty for the predecessor's: C, the newest that is installed
     token: str = field(default="", repr=False)  # what requests must carry; empty for none
     no_auth: bool = False  # listen beyond loopback without a token

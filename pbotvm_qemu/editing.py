@@ -11,7 +11,8 @@ which    = all | first | second | ... | tenth | last
 ```
 
 What follows this to its end is an edit; anything else is code, also when it begins with such a word. Regular
-expressions are RE2's, whose time grows with the text only. Histories are bounded, and written under a lock.
+expressions are RE2's, whose time grows with the text only; still everything is counted, steps and seconds too.
+Histories are bounded, and locked only while they are read or written: a slow edit holds up nobody else.
 """
 
 from __future__ import annotations
@@ -21,8 +22,11 @@ import difflib
 import fcntl
 import hashlib
 import json
+import os
 import re
+import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
@@ -33,16 +37,20 @@ from pbotvm_qemu.errors import HostError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
 ENTRIES_MAX = 1000  # of one buffer
-ENTRY_MAX = 1 << 16  # characters of one entry; longer code is not kept
-FILE_MAX = 4 << 20  # bytes of one buffer
+ENTRY_MAX = 1 << 15  # characters of one entry; longer code is not kept
+FILE_MAX = 1 << 20  # bytes of one buffer
 BUFFERS_MAX = 2000  # the one that was not changed for longest goes first
-_EDIT_MAX = 1 << 16  # characters of an edit
-_WORDS_MAX = 2000  # that are compared
-_REGEX_MAX = 1000
-_MEMORY_MAX = 8 << 20  # bytes that one regular expression may take
+TOTAL_MAX = 64 << 20  # bytes of all buffers
+SECONDS_MAX = 2.0  # that the changes of one edit may take
+STEPS_MAX = 50  # of one edit
+_LOCK = 2.0  # seconds until a history must be free
+_TRIES = 20  # of a change that others overtake
+_EDIT_MAX = 1 << 15  # characters of an edit
+_WORDS_MAX = 1000  # that are compared
+_REGEX_MAX = 500
+_MEMORY_MAX = 1 << 20  # bytes that one regular expression may take
 
 _ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "nineth", "tenth")
 _WHICH = {"all": None, "last": -1, "ninth": 8, **{word: number for number, word in enumerate(_ORDINALS)}}
@@ -79,27 +87,55 @@ class Editor:
     def handle(self, channel: str, language: str, code: str) -> Reply:
         """Return what to do with `code` that somebody sent in `channel`: run it, or show a text.
 
-        Code that is run is kept. Raises HostError when the history cannot be written. Errors of the edit are texts.
+        Code that is run is kept. Raises HostError when the history cannot be read or written. Errors of the edit are
+        texts.
         """
+        try:
+            steps = parse(code)
+            if steps is None:
+                self.keep(channel, language, code)
+                return Reply(code=code)
+            for _ in range(_TRIES):
+                path = self._path(channel, language)
+                buffer = self._read(path)
+                before = buffer.entries.copy()
+                reply = self._edit(steps, buffer, language)
+                if buffer.entries == before or self._replace(path, before, buffer):
+                    return reply
+            return Reply(text="The code is changed by others all the time; try again.")
+        except UsageError as exc:
+            return Reply(text=f"{exc}  {self._usage}" if exc.hint is None else str(exc))
+
+    def keep(self, channel: str, language: str, code: str) -> None:
+        """Keep code that is run. Raises HostError when the history cannot be read or written."""
+        path = self._path(channel, language)
         with self._locked():
-            buffer = _Buffer(self._path(channel, language))
-            try:
-                steps = parse(code)
-                if steps is None:
-                    buffer.push(code)
-                    buffer.save()
-                    return Reply(code=code)
-                return self._edit(steps, buffer, language)
-            except UsageError as exc:
-                return Reply(text=f"{exc}  {self._usage}" if exc.hint is None else str(exc))
+            buffer = _Buffer(path)
+            if buffer.push(code):
+                buffer.save()
+                self._prune()
+
+    def _read(self, path: Path) -> _Buffer:
+        with self._locked():
+            return _Buffer(path)
+
+    def _replace(self, path: Path, before: list[str], buffer: _Buffer) -> bool:
+        """Write a changed buffer; False when somebody else has changed it meanwhile."""
+        with self._locked():
+            if _Buffer(path).entries != before:
+                return False
+            buffer.save()
+            self._prune()
+            return True
 
     def _edit(self, steps: list[_Step], buffer: _Buffer, language: str) -> Reply:
+        """Carry out `steps` on `buffer`, which is not written here."""
         verbs = [step.verb for step in steps]
         if verbs[0] in ("show", "diff"):
-            other = _Buffer(self._path(steps[0].text, language)) if steps[0].text else buffer
+            other = self._read(self._path(steps[0].text, language)) if steps[0].text else buffer
             return Reply(text=_diff(other) if verbs[0] == "diff" else other.newest("No recent code to show."))
         if verbs[0] == "copy":
-            code = _Buffer(self._path(steps[0].text, language)).newest(f"No history for {steps[0].text}.")
+            code = self._read(self._path(steps[0].text, language)).newest(f"No history for {steps[0].text}.")
         else:
             for _ in range(verbs.count("undo")):
                 buffer.undo()
@@ -108,33 +144,52 @@ class Editor:
         code = _apply(changes, code)
         if changes or verbs[0] == "copy":
             buffer.push(code)
-        buffer.save()
         if not changes and not {"run", "paste"} & set(verbs):  # undo or copy alone
             return Reply(text=code)
         return Reply(code=code, paste="paste" in verbs)
 
     def _path(self, channel: str, language: str) -> Path:
-        name = quote(f"{channel}-{language}", safe="#+&!@[]{}")
+        name = quote(f"{channel.lower()}-{language}", safe="#+&!@[]{}")
         if len(name) > 200 or name.startswith("."):
             name = hashlib.sha256(name.encode()).hexdigest()
         return self._folder / f"{name}.hist"
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        """Hold the folder while the body reads and writes; forget the oldest buffers when there are too many."""
+        """Hold the folder while the body reads or writes."""
         try:
             paths.private(self._folder)
             with (self._folder / "lock").open("w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
+                until = time.monotonic() + _LOCK
+                while True:
+                    try:
+                        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                        break
+                    except BlockingIOError:
+                        if time.monotonic() > until:
+                            raise
+                        time.sleep(0.005)
                 yield
-                files = list(self._folder.glob("*.hist"))
-                if len(files) > BUFFERS_MAX:
-                    for file in sorted(files, key=lambda file: file.stat().st_mtime)[: len(files) - BUFFERS_MAX]:
-                        file.unlink()
         except OSError as exc:
             raise HostError(
                 f"cannot keep a history in {self._folder}: {exc.strerror}", hint="check its owner and free space"
             ) from exc
+
+    def _prune(self) -> None:
+        """Forget the buffers that were not changed for longest when there are too many, or they are too large."""
+        with os.scandir(self._folder) as entries:
+            files = [(entry.stat(), Path(entry.path)) for entry in entries if entry.name.endswith(".hist")]
+        total = sum(stat.st_size for stat, _path in files)
+        if len(files) <= BUFFERS_MAX and total <= TOTAL_MAX:
+            return
+        files.sort(key=lambda file: file[0].st_mtime_ns)
+        count = len(files)
+        for stat, path in files[:-1]:
+            if count <= BUFFERS_MAX and total <= TOTAL_MAX:
+                return
+            path.unlink()
+            count -= 1
+            total -= stat.st_size
 
 
 class _Buffer:
@@ -142,37 +197,39 @@ class _Buffer:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._entries: list[str] = []
+        self.entries: list[str] = []
         with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
             for line in file.read(FILE_MAX).decode("utf-8", "replace").split("\n")[:ENTRIES_MAX]:
                 if line:
-                    self._entries.append(_entry(line))
+                    self.entries.append(_entry(line))
 
     def newest(self, otherwise: str) -> str:
         """Return the newest entry. Raises UsageError with the text `otherwise` when there is none."""
-        if not self._entries:
+        if not self.entries:
             raise UsageError(otherwise, hint="run something first")
-        return self._entries[0]
+        return self.entries[0]
 
     def two(self) -> tuple[str, str] | None:
         """Return the entry before the newest one, and the newest one."""
-        return (self._entries[1], self._entries[0]) if len(self._entries) > 1 else None
+        return (self.entries[1], self.entries[0]) if len(self.entries) > 1 else None
 
     def undo(self) -> None:
         """Drop the newest entry. Raises UsageError when none would be left."""
-        if len(self._entries) < 2:
+        if len(self.entries) < 2:
             raise UsageError("No more undos remaining.", hint="run something first")
-        del self._entries[0]
+        del self.entries[0]
 
-    def push(self, code: str) -> None:
-        """Put `code` in front, unless it stands there already or is too long."""
-        if len(code) <= ENTRY_MAX and self._entries[:1] != [code]:
-            self._entries.insert(0, code)
+    def push(self, code: str) -> bool:
+        """Put `code` in front, unless it stands there already or is too long; tell whether that was done."""
+        if len(code) > ENTRY_MAX or self.entries[:1] == [code]:
+            return False
+        self.entries.insert(0, code)
+        return True
 
     def save(self) -> None:
         """Write the entries, as many of the newest as may be kept."""
         data = bytearray()
-        for entry in self._entries[:ENTRIES_MAX]:
+        for entry in self.entries[:ENTRIES_MAX]:
             line = json.dumps({"code": entry}, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
             if len(data) + len(line) > FILE_MAX:
                 break
@@ -213,6 +270,14 @@ def parse(text: str) -> list[_Step] | None:
     if len(text) > _EDIT_MAX:
         return None
     return _Parser(text).edit()
+
+
+def is_edit(text: str) -> bool:
+    """Tell whether `text` is an edit, a broken one too, and no code."""
+    try:
+        return parse(text) is not None
+    except UsageError:
+        return True
 
 
 class _Parser:
@@ -258,6 +323,10 @@ class _Parser:
         while not self._ended:
             if not self._step():
                 return None
+            if len(self._steps) > STEPS_MAX:
+                if not self._sure:
+                    return None
+                raise UsageError(f"The edit has more than {STEPS_MAX} steps.", hint="make it in two")
         return self._steps or None
 
     def _step(self) -> bool:
@@ -366,41 +435,55 @@ class _Parser:
 
 def _apply(changes: list[_Step], code: str) -> str:
     """Return `code` with all changes; replacements together, so that one does not find what another wrote."""
+    until = time.monotonic() + SECONDS_MAX
     literal = [step for step in changes if step.verb in ("replace", "remove")]
-    changed = _replace(literal, code) if literal else code
+    changed = _replace(literal, code, until) if literal else code
     for step in changes:
         if step.verb == "append":
             changed = f"{changed} {step.text}"
         elif step.verb == "prepend":
             changed = f"{step.text} {changed}"
         elif step.verb == "s":
-            changed = _substitute(step, changed)
-        if len(changed) > ENTRY_MAX:
-            raise UsageError(f"The code would be longer than {ENTRY_MAX} characters.", hint="make it shorter")
+            changed = _substitute(step, changed, until)
+        _fits(len(changed))
     return changed
 
 
-def _replace(steps: list[_Step], code: str) -> str:
+def _fits(size: int) -> None:
+    if size > ENTRY_MAX:
+        raise UsageError(f"The code would be longer than {ENTRY_MAX} characters.", hint="make it shorter")
+
+
+def _in_time(until: float) -> None:
+    if time.monotonic() > until:
+        raise UsageError("The edit takes too long.", hint="make it simpler")
+
+
+def _replace(steps: list[_Step], code: str, until: float) -> str:
     spans: list[tuple[int, int, str]] = []
     for step in steps:
-        places = list(_places(step.text, code))
+        places = list(_places(step.text, code, until))
         if step.which is not None:
             places = places[step.which :][:1]
         spans += [(begin, begin + len(step.text), step.to) for begin in places]
-    pieces, at = [], 0
+    pieces: list[str] = []
+    at = size = 0
     for begin, end, to in sorted(spans):
         if begin >= at:
             pieces += [code[at:begin], to]
             at = end
+            size += len(to)
+            _fits(size)
     if not pieces:
         raise UsageError("No replacements made.", hint="look at the code with `show`")
     return "".join([*pieces, code[at:]])
 
 
-def _places(text: str, code: str) -> Iterator[int]:
+def _places(text: str, code: str, until: float) -> Iterator[int]:
     """Yield where `text` stands in `code`, as whole words where it begins or ends with a letter."""
     at = code.find(text) if text else -1
     while at >= 0:
+        _in_time(until)
         end = at + len(text)
         before = at and _is_letter(text[0]) and _is_letter(code[at - 1])
         after = end < len(code) and _is_letter(text[-1]) and _is_letter(code[end])
@@ -415,7 +498,8 @@ def _is_letter(character: str) -> bool:
     return character.isalnum() or character == "_"
 
 
-def _substitute(step: _Step, code: str) -> str:
+def _substitute(step: _Step, code: str, until: float) -> str:
+    _in_time(until)
     if len(step.text) > _REGEX_MAX:
         raise UsageError(f"The expression is longer than {_REGEX_MAX} characters.", hint="make it shorter")
     options = re2.Options()
@@ -430,12 +514,12 @@ def _substitute(step: _Step, code: str) -> str:
     pieces: list[str] = []
     at = size = 0
     for found in pattern.finditer(code):
+        _in_time(until)
         piece = _fill(step.to, found.group, code, found.start(), found.end())
         pieces += [code[at : found.start()], piece]
         at = found.end()
         size += len(piece)
-        if size > ENTRY_MAX:
-            raise UsageError(f"The code would be longer than {ENTRY_MAX} characters.", hint="make it shorter")
+        _fits(size)
         if "g" not in step.flags:
             break
     if not pieces:
@@ -445,17 +529,22 @@ def _substitute(step: _Step, code: str) -> str:
 
 def _fill(text: str, group: Callable[[int], str | None], code: str, begin: int, end: int) -> str:
     """Return the replacement with `$1` to `$9`, `$&`, `` $` `` and `$'` filled in."""
+    size = 0
 
     def value(found: re.Match[str]) -> str:
+        nonlocal size
         name = found[1]
+        filled = ""
         if name == "`":
-            return code[:begin]
-        if name == "'":
-            return code[end:]
-        try:
-            return group(0 if name == "&" else int(name)) or ""
-        except (IndexError, re2.error):
-            return ""
+            filled = code[:begin]
+        elif name == "'":
+            filled = code[end:]
+        else:
+            with contextlib.suppress(IndexError, re2.error):
+                filled = group(0 if name == "&" else int(name)) or ""
+        size += len(filled)
+        _fits(size)
+        return filled
 
     return re.sub(r"\$([1-9&`'])", value, text)
 
@@ -476,9 +565,9 @@ def _diff(buffer: _Buffer) -> str:
         pieces.append(
             {
                 "equal": new,
-                "replace": f"<replaced `{old}` with `{new}`>",
-                "delete": f"<removed `{old}`>",
-                "insert": f"<inserted `{new}`>",
+                "replace": f"`replaced {old} with {new}`",
+                "delete": f"`removed {old}`",
+                "insert": f"`inserted {new}`",
             }[verb]
         )
     return "".join(pieces)

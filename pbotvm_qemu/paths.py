@@ -85,6 +85,11 @@ def images() -> Path:
     return cache_dir() / "images"
 
 
+def history() -> Path:
+    """Return the folder of what was run last in each channel and language, whether or not it exists."""
+    return data_dir() / "history"
+
+
 def accelerator_verdicts() -> Path:
     """Return the file in which the result of the KVM probe is cached."""
     return cache_dir() / "accelerator.json"

@@ -5,15 +5,16 @@ Whatever goes wrong, the caller gets one of the predecessor's fixed replies, and
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hmac
 import logging
 import shlex
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from pbotvm_qemu import control, paste, paths, pbot_guest, process, reply, state
+from pbotvm_qemu import control, editing, paste, paths, pbot_guest, process, reply, state
 from pbotvm_qemu import request as requests
 from pbotvm_qemu.errors import (
     GuestError,
@@ -27,6 +28,7 @@ from pbotvm_qemu.errors import (
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from pbotvm_qemu.channel import OnOutput, Outcome, Stream
     from pbotvm_qemu.config import Config
@@ -42,6 +44,7 @@ DENIED = "Access denied: the request does not carry the token of this server."
 NOT_UTF8 = "The request is not UTF-8."
 _REVERT = 300.0  # seconds for an operator's command to put a machine back
 _CALLER_MAX = 80  # characters
+_EDITS_MAX = 16  # that wait for the one under way
 # Without a language, the predecessor meant C in its newest form.
 _DEFAULT_LANGUAGES = ("clang2x", "c2x", "c11", "sh")
 # PBot's guest finds the code for a language by its module's name.
@@ -68,10 +71,12 @@ class _Reply:
 class Desk:
     """Answers requests for the machine that this process keeps, and for those that the configuration lists.
 
-    `installed` are the languages of machine `name`.
+    `installed` are the languages of machine `name`; what channels ran last is kept in the folder `history`.
     """
 
-    def __init__(self, settings: Settings, *, name: str, installed: Sequence[str], pool: Pool, runs: RunLog) -> None:
+    def __init__(
+        self, settings: Settings, *, name: str, installed: Sequence[str], pool: Pool, runs: RunLog, history: Path
+    ) -> None:
         self._settings = settings
         self._name = name
         self._installed = installed
@@ -79,6 +84,9 @@ class Desk:
         self._runs = runs
         self._guests: dict[Endpoint, pbot_guest.PBotGuest] = {}
         self._last = reply.LastOutputs()
+        self._history = history
+        self._editing = asyncio.Lock()
+        self.edits = 0  # edits that are under way or wait
         self.reverts = 0
 
     async def close(self) -> None:
@@ -117,26 +125,25 @@ class Desk:
         except UsageError as exc:
             record.result = "usage"
             return str(exc)
-        problem: UsageError | None = None
-        request = base
+        request, problem = base, ""
         try:
-            request = requests.parse_code(code, base)
+            code, request = requests.parse_choice(code, base)
         except UsageError as exc:
-            problem = exc
+            problem = str(exc)
         if token and not any(_same(token, given) for given in (base.token, request.token)):
             record.result = "denied"
             return DENIED
         record.caller = f"{reply.printable(base.channel)}/{reply.printable(base.nick)}"[:_CALLER_MAX]
         if problem:
             record.result = "usage"
-            return (base.usage or reply.USAGE) if "no code" in str(problem) else str(problem)
-        return await self._carry_out(settings, request, record)
+            return problem
+        return await self._carry_out(settings, request, code, record)
 
     def _default_language(self, settings: Settings) -> str:
         chosen = settings.config.relay.language
         return chosen or next((name for name in _DEFAULT_LANGUAGES if name in self._installed), "sh")
 
-    async def _carry_out(self, settings: Settings, request: requests.Request, record: RunRecord) -> str:
+    async def _carry_out(self, settings: Settings, request: requests.Request, code: str, record: RunRecord) -> str:
         machines = settings.config.endpoints
         name = machines.resolve(request.machine) if request.machine else self._name
         endpoint = machines.machines.get(name)
@@ -151,6 +158,21 @@ class Desk:
             record.result = "unknown-language"
             return f"{exc}\n{exc.hint}"
         record.language = language.name
+        usage = request.usage or reply.USAGE
+        try:
+            edited = await self._edit(settings, request, code, language, usage)
+            if edited.text is not None:
+                record.result = "edit"
+                return reply.clean(edited.text)
+            request = requests.parse_options(edited.code or "", request)
+        except NeverRanError as exc:
+            record.result, record.detail = "never-ran", str(exc)
+            return reply.UNAVAILABLE
+        except UsageError as exc:
+            record.result = "usage"
+            return usage if "no code" in str(exc) else str(exc)
+        if edited.paste:
+            request = replace(request, paste=True)
         if request.info:
             record.result = "info"
             return requests.info(request, language)
@@ -167,6 +189,36 @@ class Desk:
         if answer.text.startswith(_FIXED):
             return answer.text
         return self._last.shorten(answer.text, channel=request.channel, language=language.name, factoid=request.factoid)
+
+    async def _edit(
+        self, settings: Settings, request: requests.Request, code: str, language: Language, usage: str
+    ) -> editing.Reply:
+        """Return what an edit comes to: code to run, or a text. Code that is no edit is kept for the next one.
+
+        A factoid's code is its author's: it is neither kept nor taken for an edit. Raises NeverRanError when too many
+        edits wait already, UsageError for no code.
+        """
+        if not code.strip():
+            raise UsageError("there is no code to run", hint="write the program after the options")
+        if request.factoid or not settings.config.relay.editing:
+            return editing.Reply(code=code)
+        editor = editing.Editor(self._history, usage=usage)
+        try:
+            if not editing.is_edit(code):
+                requests.parse_options(code, request)  # what cannot be run is not kept
+                await asyncio.to_thread(editor.keep, request.channel, language.name, code)
+                return editing.Reply(code=code)
+            if self.edits > _EDITS_MAX:
+                raise NeverRanError(f"{_EDITS_MAX} edits wait already", hint="try again later")
+            self.edits += 1
+            try:
+                async with self._editing:  # one at a time, whatever expressions they hold
+                    return await asyncio.to_thread(editor.handle, request.channel, language.name, code)
+            finally:
+                self.edits -= 1
+        except HostError as exc:
+            log.warning("%s", exc)
+            return editing.Reply(text=reply.FATAL) if editing.is_edit(code) else editing.Reply(code=code)
 
     def _languages(self, settings: Settings, name: str, *, foreign: bool) -> Sequence[str]:
         if foreign:  # nobody knows what is installed there

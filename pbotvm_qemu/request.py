@@ -111,6 +111,14 @@ def parse_code(code: str, base: Request) -> Request:
     line; words with a dash that are then in front are options for the compiler or interpreter. Raises UsageError for
     empty code, and for options that would choose what only the configuration chooses.
     """
+    return parse_options(*parse_choice(code, base))
+
+
+def parse_choice(code: str, base: Request) -> tuple[str, Request]:
+    """Take off what says at the very front where `code` is to run, and in which language; return the rest.
+
+    Raises UsageError for options that would choose what only the configuration chooses.
+    """
     request = base
     position = 0
     while match := _LEADING.match(code, position):
@@ -125,7 +133,12 @@ def parse_code(code: str, base: Request) -> Request:
         raise UsageError(
             f"The option -{match[1]} is not available; choose a machine with -vm=NAME.", hint="leave it out"
         )
-    code, request = _take_options(code[position:], request)
+    return code[position:], request
+
+
+def parse_options(code: str, base: Request) -> Request:
+    """Return `base` with the options in `code` that are left behind `parse_choice`. Raises UsageError for empty code."""
+    code, request = _take_options(code, base)
     head, mark, tail = code.partition("-stdin")
     if mark and (not head or head[-1].isspace() or head[-1] == "-"):
         code = head.removesuffix("-").rstrip(" ")

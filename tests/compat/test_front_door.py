@@ -4,88 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import re
 import socket
 from dataclasses import replace
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import pytest
 
 from pbotvm_qemu import paste, pbot, pbot_guest, relay, reply
-from pbotvm_qemu.config import Config, Limits, PasteConfig, RelayConfig
+from pbotvm_qemu.config import PasteConfig, RelayConfig
 from pbotvm_qemu.endpoints import Endpoint, Endpoints
 from pbotvm_qemu.errors import GuestError, NeverRanError, RunLostError
-from pbotvm_qemu.languages import Registry
-from pbotvm_qemu.pbot import Desk, Settings
-from pbotvm_qemu.relay import Relay
-from pbotvm_qemu.runlog import RunLog
-from tests.compat import peers
-from tests.compat.peers import GuestServer, HealthPort, HostPool
+from tests.compat.door import CONFIG
+from tests.compat.peers import GuestServer, HealthPort
 from tests.support import free_ports
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
     from pathlib import Path
 
-    from pbotvm_qemu.pool import Pool
-
-INSTALLED = ("bash", "c11", "sh")
-
-
-class Door:
-    """A relay with its desk, over a pool that is the real agent on this host."""
-
-    def __init__(self, config: Config, pool: HostPool) -> None:
-        self.pool = pool
-        self.runs = RunLog()
-        self.desk = Desk(
-            Settings(config, Registry.load()),
-            name="pbot-vm",
-            installed=INSTALLED,
-            pool=cast("Pool", pool),
-            runs=self.runs,
-        )
-        self.relay = Relay(config.relay, self.desk.answer)
-        self.config = config
-
-    @property
-    def port(self) -> int:
-        return int(self.relay.address.rpartition(":")[2])
-
-    async def configure(self, **tables: object) -> None:
-        self.config = replace(self.config, **tables)  # type: ignore[arg-type]
-        await self.desk.configure(Settings(self.config, Registry.load()))
-
-    async def ask(self, data: bytes, *, finish: bool = False) -> bytes:
-        """Connect, send, and return all that comes until the connection closes."""
-        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
-        try:
-            writer.write(data)
-            if finish:
-                writer.write_eof()
-            async with asyncio.timeout(60):
-                return await reader.read()
-        finally:
-            writer.close()
-
-    async def code(self, code: str, **keys: object) -> str:
-        return (
-            await self.ask(json.dumps({"nick": "n", "channel": "#c", "code": code, **keys}).encode() + b"\n")
-        ).decode()
-
-
-CONFIG = Config(relay=RelayConfig(port=0), limits=Limits(wall=3.0))
-
-
-@pytest.fixture
-async def door() -> AsyncIterator[Door]:
-    async with peers.host_pool() as pool:
-        opened = Door(CONFIG, pool)
-        async with opened.relay:
-            yield opened
-        await opened.desk.close()
-
+    from tests.compat.door import Door
 
 # What is sent --------------------------------------------------------------------------------------------------------------
 
@@ -323,9 +261,11 @@ async def test_paste_goes_nowhere_by_default(door: Door) -> None:
 
 
 async def test_paste_writes_a_file(door: Door, tmp_path: Path) -> None:
-    await door.configure(paste=PasteConfig(directory=str(tmp_path), url="https://paste.example/"))
+    folder = tmp_path / "paste"
+    folder.mkdir()
+    await door.configure(paste=PasteConfig(directory=str(folder), url="https://paste.example/"))
     url = await door.code("-lang=sh -paste -args x cat -stdin hello")
-    (file,) = tmp_path.iterdir()
+    (file,) = folder.iterdir()
     assert url == f"https://paste.example/{file.name}\n"
     text = file.read_text()
     for piece in ("cat", "sh prog.sh", "arguments: x", "stdin: hello", "hello\n*"):

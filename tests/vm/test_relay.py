@@ -233,6 +233,19 @@ def test_netcat_alone_is_a_client(keeper: Keeper) -> None:
     assert done.stdout == b"hello\n"
 
 
+def test_a_channel_changes_what_it_ran(keeper: Keeper) -> None:
+    def say(line: str) -> str:
+        return keeper.ask(line, channel="#edits").decode().removesuffix("\n")
+
+    assert say("hostname >/tmp/mark; echo one; ls /tmp") == "one\nmark"
+    assert say("replace 'one' with 'two' and s/hostname/echo/") == "two\nmark"
+    assert say("show") == "echo >/tmp/mark; echo two; ls /tmp"
+    assert say("remove 'echo >/tmp/mark; ' and run") == "two"  # on a clean machine
+    assert say("undo undo") == "hostname >/tmp/mark; echo one; ls /tmp"
+    assert say("copy #nowhere") == "No history for #nowhere."
+    keeper.wait_log("result=edit")
+
+
 def test_callers_at_once_get_their_own_answers_while_one_loops_for_ever(keeper: Keeper) -> None:
     wrong: list[tuple[str, bytes]] = []
     loop = threading.Thread(target=lambda: wrong.append(("loop", keeper.ask("while :; do :; done", nick="hog"))))

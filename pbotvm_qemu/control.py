@@ -286,7 +286,8 @@ class _Session:
                 self._writer.write(wire.encode_credit(id_, len(data)))
                 yield data
 
-        record = self._runlog.begin("exec", caller=f"uid{os.geteuid()}", machine="-")
+        record = self._runlog.begin("exec", caller=f"uid{os.geteuid()}", machine=self._pool.name)
+        record.language = run.spec.language or "-"
         record.result = "cancelled"
         try:
             where = self._pool if run.session is None else self._sessions.get(run.session)

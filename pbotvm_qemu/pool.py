@@ -155,6 +155,11 @@ class Pool:
         return not self.busy
 
     @property
+    def name(self) -> str:
+        """The machine that its machines are copies of."""
+        return self.way.plan.config.name
+
+    @property
     def busy(self) -> int:
         """How many machines are handed out."""
         return sum(lease.out for lease in self._alive)

@@ -258,6 +258,7 @@ def render(
         },
         "collect": list(collect),
         "report": list(language.report),
+        "language": language.name,
     }
     try:
         parsed = spec.parse(value)

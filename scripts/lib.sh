@@ -55,6 +55,8 @@ dnsmasq dnsmasq-base dnsmasq dnsmasq dnsmasq
 iperf3 iperf3 iperf3 iperf3 iperf
 cpio cpio cpio cpio cpio
 gcc gcc gcc gcc gcc
+g++ g++ gcc-c++ gcc gcc-c++
+gdb gdb gdb gdb gdb
 /usr/include/stdio.h libc6-dev glibc-devel glibc glibc-devel
 nc netcat-openbsd nmap-ncat openbsd-netcat netcat-openbsd
 systemd-analyze systemd systemd systemd systemd

@@ -2,6 +2,9 @@
 
 A request is a JSON object, cut into lines anyhow, and an empty line; or, as in the seed's era, a line `:end:`. The answer
 is a line `result:{"result": TEXT}` and a line `result:end`.
+
+C and C++ come with headers and `main`, which PBot's host has written around them. They are built and run as our own
+callers' are: what they hold when they print nothing, and where they crash, is told.
 """
 
 from __future__ import annotations
@@ -29,12 +32,14 @@ _WAITING_MAX = 16  # requests on one line that wait for the one before
 _CONNECTIONS_MAX = 16  # over vsock
 _FIRST_ID = 1 << 31  # runs of the host count from 1
 _WALL = 60.0  # seconds that the predecessor gives a command; its host gives 10
+_GDB_WALL = 8.0  # seconds that it gives a program of C
 _CPU = 8  # seconds
 _FILE = 2000  # KiB
 _PROCESSES = 200
 _OUTPUT = 1 << 20  # bytes
 _FRAME = bytes([wire.MAGIC])
 _BUILD_FILE = 256 << 20  # bytes that a compiler may write
+_CORE_FILE = 64 << 20  # bytes that a program may write which may leave a core file
 
 BUSY = "Virtual machine is temporarily unavailable, try again soon."
 
@@ -42,6 +47,11 @@ BUSY = "Virtual machine is temporarily unavailable, try again soon."
 _COMPILED = {
     "c89", "c99", "c11", "c2x", "clang89", "clang99", "clang11", "clang2x", "clang", "cpp", "c++", "clangpp", "clang++",
     "tendra", "haskell", "freebasic", "qbasic",
+}  # fmt: skip
+# Compilers whose programs tell the debugger what they hold, and what they compile.
+_TOLD = {
+    "c89": "c", "c99": "c", "c11": "c", "c2x": "c", "clang89": "c", "clang99": "c", "clang11": "c", "clang2x": "c",
+    "clang": "c", "cpp": "c++", "c++": "c++", "clangpp": "c++", "clang++": "c++",
 }  # fmt: skip
 # Options with which a compiler makes no program.
 _NO_PROGRAM = ("--version", "--analyze")
@@ -149,24 +159,47 @@ def parse(block: bytes) -> Request:
     code = text("code").encode() + b"\n"
     stdin = text("input")
     compiled = language in _COMPILED or language == "java"
-    table: dict[str, object] = {
-        "files": [{"name": text("sourcefile") or "prog", "size": len(code)}],
-        "steps": _steps(language, command, text("execfile") or "prog", text("arguments")),
-        "stdin": bool(stdin),
-        "limits": {
-            "wall": _WALL,
-            "cpu": _WALL if compiled else _CPU,
-            "memory": 0,
-            "processes": _PROCESSES,
-            "file_size": _BUILD_FILE if compiled else _FILE << 10,
-            "output": _OUTPUT,
-        },
+    source, program = text("sourcefile") or "prog", text("execfile") or "prog"
+    limits: dict[str, object] = {
+        "wall": _WALL,
+        "cpu": _WALL if compiled else _CPU,
+        "memory": 0,
+        "processes": _PROCESSES,
+        "file_size": _BUILD_FILE if compiled else _FILE << 10,
+        "output": _OUTPUT,
     }
+    table: dict[str, object] = {
+        "files": [{"name": source, "size": len(code)}],
+        "stdin": bool(stdin),
+        "limits": limits,
+    }
+    if told := _told(language, command, source, program, text("arguments")):
+        table |= told
+        limits |= {"build": _WALL, "wall": _GDB_WALL, "file_size": _CORE_FILE}
+    else:
+        table["steps"] = _steps(language, command, program, text("arguments"))
     try:
         checked = spec.parse(table)
     except spec.BadRequestError as exc:
         raise BadRequest(f"[Fatal error] {exc}") from None
     return Request(checked, code, stdin.encode() + b"\n" if stdin else b"", factoid="factoid" in value)
+
+
+def _told(language: str, command: str, source: str, program: str, arguments: str) -> dict[str, object]:
+    """Return how C and C++ are built, run and looked at; nothing for a command line that makes no such program."""
+    compiler = list(words.split(command))
+    if language not in _TOLD or compiler.count(source) != 1 or any(option in compiler for option in _NO_PROGRAM):
+        return {}
+    compiler[compiler.index(source)] = f".{source}"
+    if compiler[0].startswith("clang++-"):  # a release that was never in this guest
+        compiler[0] = "clang++"
+    wanted = {"kind": _TOLD[language], "source": source, "flags": ["-nomain"], "headers": []}
+    run = [f"./{program}", *words.split(arguments, resolve=True)]
+    return {
+        "steps": [[f"{spec.OWN}build", json.dumps(wanted), *compiler], [f"{spec.OWN}run", *run]],
+        "report": [f"{spec.OWN}report", f"./{program}"],
+        "env": {"UBSAN_OPTIONS": "strip_path_prefix=/"},
+    }
 
 
 def _steps(language: str, command: str, program: str, arguments: str) -> list[list[str]]:
@@ -220,6 +253,9 @@ class _Execution:
             self._feed()
         elif type_ == FrameType.EXIT:
             exit_ = wire.decode_json(payload)
+            if self._request.spec.report and exit_.get("timed_out"):
+                self._end("[gdb time-out]")
+                return
             self._end(result(exit_, bytes(self._build), bytes(self._output), factoid=self._request.factoid))
 
     def _feed(self) -> None:

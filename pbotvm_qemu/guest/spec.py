@@ -50,6 +50,7 @@ class RunSpec(NamedTuple):
     collect: tuple[str, ...]
     keep: bool = False  # of a session: its folder and what it leaves running stay for the next run
     report: tuple[str, ...] = ()  # a step that is run when the program left a core file and crashed or said nothing
+    language: str = ""  # what a log calls it
 
     @property
     def seconds(self) -> float:
@@ -67,6 +68,7 @@ class RunSpec(NamedTuple):
             "collect": list(self.collect),
             "keep": self.keep,
             "report": list(self.report),
+            "language": self.language,
         }
 
 
@@ -93,7 +95,10 @@ def parse(value: dict[str, object]) -> RunSpec:
     limits = _limits(value.get("limits"))
     report = _argv(value["report"]) if value.get("report") else ()
     keep = value.get("keep") is True
-    return RunSpec(files, steps, env, value.get("stdin") is True, limits, collect, keep, report)
+    language = value.get("language", "")
+    if not _clean(language) or len(str(language)) > NAME_MAX:
+        raise BadRequestError("language: not a short text")
+    return RunSpec(files, steps, env, value.get("stdin") is True, limits, collect, keep, report, str(language))
 
 
 def file_name(value: object) -> str:

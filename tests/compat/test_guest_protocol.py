@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import select
+import shutil
 import time
 from typing import TYPE_CHECKING
 
 import pytest
 
+from pbotvm_qemu import paths
 from tests.compat import peers
 from tests.compat.peers import SECONDS, frame_seed, frame_today, request, sized
 
@@ -120,7 +123,21 @@ def test_results_are_worded_as_the_predecessor(agent: peers.Agent, changes: dict
     assert results(agent, frame_today(request(**changes))) == [text]
 
 
-C = {"lang": "c11", "sourcefile": "prog.c", "execfile": "prog", "cmdline": "gcc prog.c -Wall -o prog"}
+# Our own header is in a folder of the guest where compilers look.
+PRELUDE = paths.guest_package() / "source"
+C = {
+    "lang": "c11", "sourcefile": "prog.c", "execfile": "prog",
+    "cmdline": f"gcc -gdwarf-2 -g3 prog.c -isystem {PRELUDE} -Wall -Wextra -Wno-unused-parameter -fno-diagnostics-show-caret -fsanitize=alignment,undefined -o prog",
+}  # fmt: skip
+needs_gdb = pytest.mark.skipif(not shutil.which("gdb"), reason="gdb is not installed (scripts/setup --dev installs it)")
+
+
+def around(statements: str, before: str = "") -> str:
+    """Return the program that PBot's host makes of statements; the last one is marked by whoever calls."""
+    return (
+        f"#include <stdio.h>\n#include <stdlib.h>\n#include <prelude.h>\n{before}\n"
+        f"int main(int argc, char *argv[])\n{{\n    {statements}\n    ;\n    return 0;\n}}\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -128,20 +145,108 @@ C = {"lang": "c11", "sourcefile": "prog.c", "execfile": "prog", "cmdline": "gcc 
     [
         ('#include <stdio.h>\nint main(void) { puts("hi"); return 3; }', "hi\n [Exit 3]", ""),
         ("int main(void) { return 3; }", "Exit 3.", ""),
-        ("int main(void) { int x; return 0; }", "[prog.c: In function", "]\n\nSuccess (no output).\n"),
+        ('#include <stdio.h>\nint main(void) { int x = 1; puts("hi"); return 0; }', "[prog.c: In function", "]\nhi\n"),
         ("int main(", "prog.c:1:", "\n"),
+        ("int main(void) {\n  return nonsense; }", "prog.c: In function 'main':\nprog.c:2:10: error: ", "\n"),
     ],
 )
 def test_c_is_built_and_run(agent: peers.Agent, code: str, begin: str, end: str) -> None:
     (text,) = results(agent, frame_today(request(**C, code=code)))
-    assert text.startswith(begin)
+    assert (
+        text.replace("\N{LEFT SINGLE QUOTATION MARK}", "'")
+        .replace("\N{RIGHT SINGLE QUOTATION MARK}", "'")
+        .startswith(begin)
+    )
     assert text.endswith(end)
     assert "prog.c" not in text or "[Exit" not in text
+
+
+@needs_gdb
+@pytest.mark.parametrize(
+    ("code", "begin", "end"),
+    [
+        (around("int x = 5, y = 16;\n    print_last_statement(x ^= y, y ^= x, x ^= y);"), "no output: x = 16; y = 5\n", ""),
+        (around("print_last_statement(2 + 2);"), "no output: 2 + 2 = 4\n", ""),
+        (around("int a = 1;\n    print_last_statement(a);"), "no output: a = 1\n", ""),
+        (around("int n = 1;\n    print_last_statement(++n + 1);"), "no output: ++n + 1 = 3; n = 2\n", ""),
+        (around("print_last_statement(free(0));"), "Success (no output).\n", ""),
+        (around('puts("said");\n    print_last_statement(2 + 2);'), "said\n", ""),
+        (around("int a[] = { 1, 2, 3 };\n    print(a); ptype(a); whatis(a[0]); dump(a[1]+1);"),
+         "a = {1, 2, 3}\na = int [3]\na[0] = int\na[1]+1 = 3\n", ""),
+        (around("int n = 3;\n    bang(n);", "void bang(int n) { char *volatile p = 0; p[n] = 1; }"), "",
+         ") at statement: bang(n); <local variables: p = 0x0>\n [Exit 139]\n"),
+        (around("int k = 1;\n    return k;"), "no output: k = 1\n [Exit 1]", ""),
+    ],
+)  # fmt: skip
+def test_c_tells_what_it_holds_and_where_it_crashes(agent: peers.Agent, code: str, begin: str, end: str) -> None:
+    (text,) = results(agent, frame_today(request(**C, code=code)))
+    text = re.sub(r"\A\[.*?\]\]\n+", "", text, flags=re.DOTALL)  # what the compiler thinks of it
+    assert text.startswith(begin)
+    assert text.endswith(end)
+    assert "print_last_statement" not in text
+
+
+@needs_gdb
+@pytest.mark.parametrize("format_", ["-gdwarf-2", "-gdwarf-4", "-gdwarf-5"])
+def test_a_crash_is_told_whatever_the_debug_information(agent: peers.Agent, format_: str) -> None:
+    line = f"gcc {format_} -g3 prog.c -isystem {PRELUDE} -o prog"
+    code = around("int a = 1; bang(a);", "void bang(int n) { int b = n; char *volatile p = 0; p[b] = 1; }")
+    (text,) = results(agent, frame_today(request(**C | {"cmdline": line}, code=code)))
+    assert "in bang (n=1) at statement: p[b] = 1; called by main" in text
+    assert "at statement: bang(a); <local variables: b = 1; p = 0x0>" in text
+
+
+@needs_gdb
+def test_a_crash_in_c_is_told_after_what_the_sanitizer_says(agent: peers.Agent) -> None:
+    (text,) = results(agent, frame_today(request(**C, code=around("char *p = 0;\n    *p = 1;"))))
+    said, report, note = text.rstrip("\n").split("\n")[-3:]
+    assert said == "prog.c:8:8: runtime error: store to null pointer of type 'char'"
+    assert re.fullmatch(
+        r"Program received signal SIGSEGV, Segmentation fault in main \(argc=1, argv=0x[0-9a-f]+\) "
+        r"at statement: \*p = 1; <local variables: p = 0x0>",
+        report,
+    )
+    assert note == " [Exit 139]"
+
+
+@needs_gdb
+def test_cpp_tells_too(agent: peers.Agent) -> None:
+    cpp = {"lang": "cpp", "sourcefile": "prog.cpp", "execfile": "prog"}
+    cpp["cmdline"] = f"g++ -ggdb -g3 prog.cpp -isystem {PRELUDE} -std=c++14 -o prog"
+    code = around('std::string s = "x";\n    print_last_statement(s.size() + 1);', "#include <string>")
+    assert results(agent, frame_today(request(**cpp, code=code)))[0].startswith("no output: s.size() + 1 = 2; s = ")
+
+
+def test_a_loop_in_c_is_ended_and_told(agent: peers.Agent) -> None:
+    assert results(agent, frame_today(request(**C, code=around("while (1);")))) == ["[gdb time-out]\n"]
+
+
+def test_a_compiler_can_be_asked_for_its_version(agent: peers.Agent) -> None:
+    value = request(**C | {"cmdline": "gcc prog.c --version -o prog"}, code="x")
+    assert results(agent, frame_today(value))[0].startswith("gcc (")
+
+
+@pytest.mark.parametrize(
+    "cmdline",
+    ["gcc prog.c prog.c -o prog", "gcc -o prog", "nonsense prog.c", "gcc 'prog.c", "'' prog.c", "'pbotvm:run' prog.c",
+     "gcc prog.c " + "-Dx " * 2000],
+    ids=lambda line: line[:16],
+)  # fmt: skip
+def test_a_senseless_command_line_of_c_is_answered(agent: peers.Agent, cmdline: str) -> None:
+    assert (
+        len(results(agent, frame_today(request(**C | {"cmdline": cmdline}, code="int main(void) { return 0; }")))) == 1
+    )
+    assert results(agent, frame_today(request())) == ["hi\n"]
 
 
 def test_c_arguments_lose_their_backslashes(agent: peers.Agent) -> None:
     code = "#include <stdio.h>\nint main(int c, char **v) { for (int i = 1; i < c; i++) puts(v[i]); }"
     assert results(agent, frame_today(request(**C, code=code, arguments=r'"a b" c\"d'))) == ['a b\nc"d\n']
+
+
+def test_c_reads_its_input(agent: peers.Agent) -> None:
+    code = "#include <stdio.h>\nint main(void) { int c; while ((c = getchar()) != EOF) putchar(c); }"
+    assert results(agent, frame_today(request(**C, code=code, input="a\nb"))) == ["a\nb\n"]
 
 
 def test_no_line_but_the_answer_begins_with_result(agent: peers.Agent) -> None:

@@ -169,6 +169,8 @@ def test_more_extras_or_a_changed_project_file_are_installed_into_the_same_venv(
     host.stub("iperf3")
     host.stub("cpio")
     host.stub("gcc")
+    host.stub("g++")
+    host.stub("gdb")
     host.stub("nc")
     host.stub("systemd-analyze")
     assert host.run("setup").returncode == 0

@@ -39,6 +39,7 @@ specs = st.builds(
     ),
     collect=st.lists(names, max_size=4).map(tuple),
     report=st.one_of(st.just(()), st.tuples(words.filter(bool), words)),
+    language=words,
 )  # fmt: skip
 
 
@@ -71,6 +72,12 @@ anything: Any = st.recursive(
 def test_any_json_is_accepted_or_refused(key: str, value: object) -> None:
     with contextlib.suppress(spec.BadRequestError):
         assert spec.parse(LEAST | {key: value}).steps
+
+
+@pytest.mark.parametrize("language", [1, None, ["c"], "x" * 256, "a\0b", "\ud800"])
+def test_a_language_that_cannot_be_named_is_refused(language: object) -> None:
+    with pytest.raises(spec.BadRequestError, match="language"):
+        spec.parse(LEAST | {"language": language})
 
 
 @pytest.mark.parametrize("name", ["prog.c", "-rf", " ", "...", "a b", "ü", "x" * 255, "\udcff"])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
+import re
 import signal
 import socket
 import subprocess
@@ -273,7 +275,28 @@ def test_each_run_has_its_line(keeper: Keeper) -> None:
     for part in ("run id=", "from=relay", "wall_s=", "queue_s=", "result=3", "clone=test-vm/"):
         assert part in line
     assert cli(keeper.env, "exec", "-lang=sh", "exit 4").returncode == 4
-    keeper.wait_log("from=exec")
+    keeper.wait_log(f"from=exec caller=uid{os.geteuid()} machine=test-vm language=sh")
+
+
+def test_an_unmodified_vm_exec_is_told_what_c_holds_and_where_it_crashes(keeper: Keeper) -> None:
+    c = {"lang": "c11", "sourcefile": "prog.c", "execfile": "prog", "cmdline": "gcc -g3 prog.c -std=c11 -o prog"}
+
+    def program(*statements: str) -> bytes:
+        body = "\n    ".join(statements)
+        code = f"#include <prelude.h>\n\nint main(int argc, char *argv[])\n{{\n    {body}\n    ;\n    return 0;\n}}\n"
+        return frame_today(request(**c, code=code))
+
+    silent, crash = serial(
+        keeper.env,
+        program("int x = 5, y = 16;", "print_last_statement(x ^= y, y ^= x, x ^= y);"),
+        program("char *p = 0;", "*p = 1;"),
+    )
+    assert silent == "no output: x = 16; y = 5\n"
+    assert re.fullmatch(
+        r"Program received signal SIGSEGV, Segmentation fault in main \(argc=1, argv=0x[0-9a-f]+\) at statement: "
+        r"\*p = 1; <local variables: p = 0x0>\n \[Exit 139\]\n",
+        crash,
+    )
 
 
 def test_a_thousand_connections_and_floods_are_bounded_and_others_served(keeper: Keeper) -> None:

@@ -147,11 +147,13 @@ def _own_lines(lines: Sequence[str], source: str) -> list[str]:
 
 
 def _without_empty_heads(lines: Sequence[str], source: str) -> list[str]:
-    """Drop `In function` lines that nothing follows any more."""
+    """Drop `In function` and `In file included` lines that nothing follows any more."""
     head = re.compile(rf"{re.escape(source)}: (?:In|At) \S+")
+    included = re.compile(r"In file included from |\s+from \S+:\d+")
     kept: list[str] = []
     for line in reversed(lines):
-        if not (head.match(line) and (not kept or head.match(kept[-1]))):
+        empty = (not kept or head.match(kept[-1])) if head.match(line) else (not kept and included.match(line))
+        if not empty:
             kept.append(line)
     return kept[::-1]
 

@@ -29,6 +29,7 @@ _COLUMNS_MAX = 500  # up to which columns stay right
 _STATEMENT_MAX = 200  # characters that are kept of a statement, to be shown
 _CONDITIONAL = re.compile(r"\s*(?:if|ifdef|ifndef)\b")
 _END = re.compile(r"\s*endif\b")
+_EMPTY = re.compile(r"(?:;\s*+)++\Z")
 _INCLUDE = re.compile(r"\s*include")
 # Words that say something by themselves, or have no value worth showing.
 _LOUD = re.compile(
@@ -295,8 +296,27 @@ class _Writer:
             self._place(body, always=True)
             if self._options.cpp and self._options.prelude:
                 self._end_of_main(body, piece.last)
-                return
+            else:
+                self._body_of_main(body, piece.last)
+            return
         self._statements_of(body, piece.last)
+
+    def _body_of_main(self, first: int, last: int) -> None:
+        """Write tokens of a `main` that is there already; PBot's host marks the statement whose value is wanted."""
+        tokens = self._tokens
+        for at in range(first, last - 2):
+            close = tokens.match[at + 1] if tokens[at + 1] == "(" else -1
+            marked = tokens[at] == "print_last_statement" and tokens[at - 1] in (";", "{", "}")
+            if not marked or not at + 2 < close < last - 1 or tokens[close + 1] != ";":
+                continue
+            self._statements_of(first, at)
+            if self._options.prelude and not self._debugger and not self._last and self._has_value(at + 2, close):
+                self._final_statement(at + 2, close)
+            else:
+                self._statements_of(at + 2, close)
+            first = close + 1
+            break
+        self._statements_of(first, last)
 
     def _end_of_main(self, body: int, last: int) -> None:
         """Write the body of a C++ `main`; values are shown before the last `return`, where objects still live."""
@@ -306,7 +326,7 @@ class _Writer:
         while at > body and tokens[at - 1] not in (";", "}", "{"):
             at -= 1
         stop = at if tokens[at] == "return" and tokens[at - 1] in (";", "}") and tokens[closing - 1] == ";" else closing
-        self._statements_of(body, stop)
+        self._body_of_main(body, stop)
         self._out.append(" pbotvm_end_of_main(); ")
         self._statements_of(stop, last)
 
@@ -347,6 +367,7 @@ class _Writer:
         said = " ".join(self._text[begin:end].split())
         at_end = last == len(self._tokens) and said[-1:] not in (";", "}")
         said += ";" if self._tokens[last] == ";" or at_end else ""
+        said = _EMPTY.sub(";", said)
         self._statements.setdefault(f"{self._part}:{self._line}", said[:_STATEMENT_MAX])
 
     def _place(self, first: int, *, always: bool = False) -> None:

@@ -181,7 +181,8 @@ def _place(frame: Any, facts: Facts) -> str:
     place = frame.find_sal()
     if place.symtab is None:
         return ""
-    folder, _, file = place.symtab.filename.rpartition("/")
+    # Newer debug information puts the run's folder in front, whose name may be a number too.
+    folder, _, file = place.symtab.filename.removeprefix(f"{os.getcwd()}/").rpartition("/")
     if file != facts.source:
         return ""
     part = folder.rpartition("/")[2].removeprefix("pbotvm-")

@@ -14,9 +14,10 @@ import os
 import sys
 import tempfile
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pbotvm_qemu import keeper, links, net, netprobe, netsetup, paths, plan, process, request, state, template
+from pbotvm_qemu import image, keeper, links, net, netprobe, netsetup, paths, plan, process, request, state, template
 from pbotvm_qemu.config import Limits, NetworkConfig
 from pbotvm_qemu.errors import HostError, StateError
 from pbotvm_qemu.languages import Registry
@@ -154,6 +155,8 @@ async def inside(config: Config, world: str) -> Figures:
         figures["host, no guest"] = json.loads(
             (await process.run([sys.executable, "-c", _program(CLIENT, WORLD)], timeout=60.0)).check().stdout
         )
+        async with _booted(config, "user") as one:
+            figures["user"] = await _ask(one, WORLD)
         for mode in ("nat", "bridge"):
             async with _guests(config, mode, 1) as (one,):
                 figures[mode] = await _ask(one, WORLD)
@@ -208,6 +211,25 @@ async def _guests(config: Config, mode: str, count: int) -> AsyncIterator[list[V
             await stack.enter_async_context(VirtualMachine(base, thaw=frozen.frozen, hostname=f"bench-{number}"))
             for number in range(count)
         ]
+
+
+@contextlib.asynccontextmanager
+async def _booted(config: Config, mode: str) -> AsyncIterator[VirtualMachine]:
+    """Boot a guest in `mode`, whose card can do other things than that of the machine's clones, from a disk of its own."""
+    record = state.ready(config.machine.name)
+    built = keeper.check(record)
+    parent = paths.private(paths.MachinePaths(record.name).clones, mode=0o711)
+    with tempfile.TemporaryDirectory(prefix=".bench-", dir=parent) as name:
+        folder = Path(name)
+        folder.chmod(0o711)  # QEMU's user must get through
+        await image.create_overlay(built, folder / "disk.qcow2", record.machine.disk_size)
+        base = plan.Plan.of(record, built, loadvm=None)
+        quiet = replace(base.config, net=mode, serial=0, health=0)
+        console = plan.Console(folder / "console/socket", folder / "console.log")
+        async with VirtualMachine(
+            replace(base, config=quiet, network=_SETTINGS, disk=folder / "disk.qcow2", console=console)
+        ) as vm:
+            yield vm
 
 
 async def _ask(vm: VirtualMachine, where: str) -> object:

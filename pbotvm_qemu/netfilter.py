@@ -30,7 +30,7 @@ COMMENT = "pbotvm-qemu"  # of a table that we made
 FAMILIES = ("bridge", "inet")
 _MARK = "made-"
 DEADLINE = 20.0  # seconds for each call of nft
-_BURST_MIN = 256 << 10  # bytes; one segmented packet of a guest has up to 64 KiB
+BURST_MIN = 256 << 10  # bytes; one segmented packet of a guest has up to 64 KiB
 _DNS_PORT = 53
 _GUEST_CHAINS = ("from", "in", "to", "host")
 _CONNECTIONS_MAX = 65536  # guests that are counted at once
@@ -209,7 +209,7 @@ def dismiss(guest: Guest, plan: Plan) -> str:
 def _limit(rate: int) -> list[str]:
     if not rate:
         return []
-    return [f"limit rate over {rate} bytes/second burst {max(rate // 4, _BURST_MIN)} bytes drop"]
+    return [f"limit rate over {rate} bytes/second burst {max(rate // 4, BURST_MIN)} bytes drop"]
 
 
 def _sender(guest: Guest, policy: Policy, *, dhcp: bool) -> list[str]:

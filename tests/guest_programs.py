@@ -24,9 +24,10 @@ with socket.create_connection((where, 7777), timeout=60) as sock:
 
 KEEP_TALKING = """
 import socket, time
-with socket.create_connection((%r, 7777), timeout=4) as sock:
+with socket.create_connection((%r, 7777), timeout=60) as sock:
+    sock.settimeout(4)
     print("talking", flush=True)
-    for _ in range(300):
+    for _ in range(6000):
         try:
             sock.sendall(b"echo hello\\n")
             if not sock.recv(100): break
@@ -39,9 +40,10 @@ with socket.create_connection((%r, 7777), timeout=4) as sock:
 MANY = """
 import socket
 kept = []
-for _ in range(16):
+for number in range(16):
     try:
-        sock = socket.create_connection((%r, 7777), timeout=1)
+        # Those that are let through get all the time that they need.
+        sock = socket.create_connection((%r, 7777), timeout=60 if number < 8 else 2)
         sock.sendall(b"echo hello\\n")
         if sock.recv(100): kept.append(sock)
     except OSError:
@@ -52,11 +54,41 @@ print(len(kept))
 SPEED = """
 import socket, time
 with socket.create_connection((%r, 7777), timeout=60) as sock:
-    begin, left = time.monotonic(), 4 << 20
+    begin, left = time.monotonic(), %d
     sock.sendall(b"give %%d\\n" %% left)
     while left:
         left -= len(sock.recv(min(left, 1 << 16))) or left
     print(time.monotonic() - begin)
+"""
+
+QUEUES = """
+import array, fcntl, glob, json, os, socket, struct
+
+def channels():
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        told = array.array("I", [0x3C] + [0] * 8)  # ETHTOOL_GCHANNELS
+        fcntl.ioctl(sock, 0x8946, struct.pack("16sP", b"eth0", told.buffer_info()[0]) + bytes(16))  # SIOCETHTOOL
+        return {"most": told[4], "used": told[8]}
+
+def interrupts():
+    lines = [line.split() for line in open("/proc/interrupts") if "-input." in line]
+    return {line[-1].rpartition(".")[2]: sum(map(int, line[1:-3])) for line in lines}
+
+def talk(cpu):
+    # What a processor sends goes out by its own queue, and the answers come in by the same one.
+    os.sched_setaffinity(0, {cpu})
+    before = interrupts()
+    for _ in range(4):
+        with socket.create_connection((%r, 7777), timeout=60) as sock:
+            for _ in range(50):
+                sock.sendall(b"echo hello\\n")
+                assert sock.recv(100)
+    return {queue: count - before[queue] for queue, count in interrupts().items()}
+
+print(json.dumps({
+    "rx": len(glob.glob("/sys/class/net/eth0/queues/rx-*")), "tx": len(glob.glob("/sys/class/net/eth0/queues/tx-*")),
+    "channels": channels(), "talks": [talk(cpu) for cpu in sorted(os.sched_getaffinity(0))],
+}))
 """
 
 LEASE = r"""
@@ -68,7 +100,7 @@ with open("/tmp/lease.sh", "w") as file:
     file.write('echo $ip $router $dns $mtu\n')
 os.chmod("/tmp/lease.sh", 0o755)
 subprocess.run([box, "ip", "link", "set", "eth0", "up"], check=True)
-asked = [box, "udhcpc", "-i", "eth0", "-n", "-q", "-f", "-t", "5", "-T", "2", "-O", "mtu", "-s", "/tmp/lease.sh"]
+asked = [box, "udhcpc", "-i", "eth0", "-n", "-q", "-f", "-t", "20", "-T", "3", "-O", "mtu", "-s", "/tmp/lease.sh"]
 done = subprocess.run(asked, capture_output=True, text=True)
 print(done.stdout.strip() or "nothing")
 if not done.stdout.strip(): print(done.stderr)
@@ -76,7 +108,7 @@ if not done.stdout.strip(): print(done.stderr)
 
 LEASE_OF_STRANGER = LEASE.replace(
     '"ip", "link", "set", "eth0", "up"', '"ip", "link", "set", "eth0", "address", "02:13:13:13:13:13"'
-).replace('"-t", "5"', '"-t", "2"')
+).replace('"-t", "20"', '"-t", "2"')
 
 _FORGERY = r"""
 import json, socket, struct, time
@@ -132,7 +164,7 @@ def wrapped(packet, kind, head):  # puts an extension header in front of the ICM
 
 # Who is asked for first is the gateway, or the other guest: its MAC is learned from the kernel.
 def neighbour(address):
-    for _ in range(40):
+    for _ in range(600):
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock: sock.sendto(b"x", (address, 9))
         for line in open("/proc/net/arp").read().splitlines()[1:]:
             words = line.split()
@@ -191,10 +223,9 @@ FRAMES = {
 }
 with socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as sock:
     sock.bind(("eth0", 0))
-    for _ in range(2):
-        for name, frame in FRAMES.items():
-            sock.send(frame(b"FORGED-%%s!" %% name.encode() + b"." * 40))
-            time.sleep(0.005)
+    for name, frame in [*FRAMES.items(), *reversed(FRAMES.items())]:
+        sock.send(frame(b"FORGED-%%s!" %% name.encode() + b"." * 40))
+        time.sleep(0.005)
 print(json.dumps(list(FRAMES)))
 """
 

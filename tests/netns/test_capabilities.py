@@ -24,12 +24,10 @@ def holds(capability: int) -> bool:
     return bool(int(effective.split()[1], 16) >> capability & 1)
 
 
-def inventory() -> tuple[list[str], str, list[str]]:
-    """Interfaces, our namespace, named namespaces: what a probe must leave as it was."""
-    named = Path("/run/netns")
-    interfaces = sorted(entry.name for entry in Path("/sys/class/net").iterdir())
-    names = sorted(entry.name for entry in named.iterdir()) if named.is_dir() else ["-"]
-    return interfaces, str(Path("/proc/self/ns/net").readlink()), names
+def inventory() -> tuple[list[str], str]:
+    """What a probe must leave as it was: interfaces of its names (others may change meanwhile), our namespace."""
+    interfaces = sorted(entry.name for entry in Path("/sys/class/net").glob("pbotvm-*"))
+    return interfaces, str(Path("/proc/self/ns/net").readlink())
 
 
 async def probe() -> dict[str, netprobe.Capability]:

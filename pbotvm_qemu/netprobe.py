@@ -7,6 +7,7 @@ nothing is mounted, so nothing can be left behind.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -37,20 +38,20 @@ _AS_ROOT = "run as root"
 class Capability:
     """One thing that the host can or cannot do for guest networks."""
 
-    name: str  # "tun", "bridge", "nftables" or "bridge-helper"
+    name: str  # "tun", "bridge", "nftables", "bridge-helper" or "user-network"
     ok: bool
     why: str  # what was seen, in one sentence
     hint: str | None = None  # what to type when not ok
 
 
 async def capabilities() -> tuple[Capability, ...]:
-    """Return what this host can do: TUN devices, bridges, nftables, QEMU's bridge helper.
+    """Return what this host can do: TUN devices, bridges, nftables, QEMU's bridge helper, QEMU's own network.
 
     Each is tried under DEADLINE; one that fails is reported, never raised. Nothing stays on the host.
     """
     # One after the other: a child that is being started holds a copy of the TAP's descriptor until its exec.
     tun, bridge = await _in_namespace()
-    return tun, bridge, await _nftables(), _bridge_helper()
+    return tun, bridge, await _nftables(), _bridge_helper(), await _user_network()
 
 
 async def _in_namespace() -> tuple[Capability, Capability]:
@@ -162,3 +163,20 @@ def _bridge_helper() -> Capability:
     if refusal:
         return Capability("bridge-helper", ok=False, why=refusal.why, hint=refusal.hint)
     return Capability("bridge-helper", ok=True, why=bridgehelper.summary())
+
+
+async def _user_network() -> Capability:
+    """Ask QEMU whether it has a network of its own, which mode `user` needs."""
+    name = "user-network"
+    try:
+        qemu = process.find_program("qemu-system-x86_64", package="qemu-system-x86")
+        told = (await process.run([qemu, "-netdev", "help"], timeout=DEADLINE)).check()
+    except HostError as exc:
+        return Capability(name, ok=False, why=str(exc), hint=exc.hint)
+    if b"user" not in told.stdout.split():
+        return Capability(name, ok=False, why=f"{qemu} was built without it", hint="install your distribution's QEMU")
+    why = "QEMU's own"
+    with contextlib.suppress(HostError):
+        process.find_program("passt", package="passt")
+        why += "; passt is installed, but does not hold guests back any better, and receives slower: see docs/network.md"
+    return Capability(name, ok=True, why=why)

@@ -39,10 +39,13 @@ async def test_a_privileged_probe_finds_devices_and_leaves_nothing() -> None:
     before = inventory()
     found = await probe()
     assert inventory() == before
-    assert set(found) == {"tun", "bridge", "nftables", "bridge-helper"}
+    assert set(found) == {"tun", "bridge", "nftables", "bridge-helper", "user-network"}
     assert found["bridge"].ok, found["bridge"].why
     if os.access("/dev/net/tun", os.R_OK | os.W_OK):
         assert found["tun"].ok, found["tun"].why
+    if shutil.which("qemu-system-x86_64"):
+        assert found["user-network"].ok, found["user-network"].why
+        assert found["user-network"].why.startswith("QEMU's own")
     if shutil.which("nft"):
         assert found["nftables"].ok, found["nftables"].why
 

@@ -350,13 +350,13 @@ async def test_network_problems_only_warn(monkeypatch: pytest.MonkeyPatch) -> No
 # all of it ----------------------------------------------------------------------------------------------------------
 
 NAMES = ["cpu", "kvm", "qemu", "qemu-features", "vhost-vsock", "tun", "bridge", "nftables", "bridge-helper",
-         "image-tools", "setpriv", "privileges", "images", "templates", "disk", "memory", "ports"]  # fmt: skip
+         "user-network", "image-tools", "setpriv", "privileges", "images", "templates", "disk", "memory", "ports"]  # fmt: skip
 
 
 @pytest.fixture
 def made_up_host(qemu: FakeQemu, monkeypatch: pytest.MonkeyPatch) -> FakeQemu:
     async def capabilities() -> tuple[netprobe.Capability, ...]:
-        return tuple(netprobe.Capability(name, ok=True, why="") for name in NAMES[5:9])
+        return tuple(netprobe.Capability(name, ok=True, why="") for name in NAMES[5:10])
 
     monkeypatch.setattr(netprobe, "capabilities", capabilities)
     monkeypatch.setenv("PATH", str(qemu.folder), prepend=os.pathsep)

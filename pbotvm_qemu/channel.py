@@ -32,7 +32,7 @@ COLLECT_MAX = 64 << 20  # bytes of collected files that the host keeps for one r
 _GRACE = 10.0  # seconds past the run's own wall limit until the agent counts as silent
 _ASK_AGAIN = 0.5  # seconds until an agent that does not answer is asked who it is once more, then twice as many
 _TEXT_MAX = 2000
-_QUEUE_MAX = wire.OUTPUT_WINDOW // wire.FRAME_COST + 4 * wire.FILES_MAX  # frames of one run that wait for its caller
+_CONTROL_MAX = 1 << 20  # bytes of all frames of one run that carry no data: how it ended, what became of its files
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +90,7 @@ class _Pending:
         self.frames: asyncio.Queue[wire.Frame | None] = asyncio.Queue()  # None: the channel is lost
         self.window = wire.OUTPUT_WINDOW
         self.taken = 0  # bytes of it that were handed on, and for which the guest has no credit yet
+        self.control = _CONTROL_MAX
         self.stdin_credit = wire.STDIN_WINDOW
         self.stdin_room = asyncio.Event()
 
@@ -362,8 +363,10 @@ class Channel:
             pending.window -= wire.cost(frame.payload)
             if pending.window < -wire.PAYLOAD_MAX:  # the agent may begin a frame with the last byte of its credit
                 raise wire.WireError("more output than it had credit for")
-        elif pending.frames.qsize() > _QUEUE_MAX:
-            raise wire.WireError("a flood of frames")
+        else:
+            pending.control -= wire.cost(frame.payload)
+            if pending.control < 0:
+                raise wire.WireError("more answers than a run can have")
         pending.frames.put_nowait(frame)
 
     async def lost(self) -> None:

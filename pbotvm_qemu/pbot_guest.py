@@ -96,14 +96,18 @@ class Results:
     def feed(self, data: bytes) -> bytes:
         """Take bytes from the guest; return those after the end. Raises GuestError for an answer that makes no sense."""
         self._buffer += data
+        begin = 0  # lines are cut off all at once: one by one, each would copy what follows it
         while not self.done:
-            line, newline, rest = self._buffer.partition(b"\n")
-            if len(line) > self._limit or self._total > self._limit:
+            end = self._buffer.find(b"\n", begin)
+            if (len(self._buffer) if end < 0 else end) - begin > self._limit or self._total > self._limit:
                 raise GuestError(f"the guest's answer is over {self._limit} bytes")
-            if not newline:
-                return b""
-            self._buffer = rest
-            self._line(bytes(line))
+            if end < 0:
+                break
+            self._line(bytes(self._buffer[begin:end]))
+            begin = end + 1
+        del self._buffer[:begin]
+        if not self.done:
+            return b""
         left = bytes(self._buffer)
         self._buffer.clear()
         return left

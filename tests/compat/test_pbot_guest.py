@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+import time
 from typing import TYPE_CHECKING
 
 import pytest
@@ -125,6 +126,20 @@ def test_an_answer_is_bounded_with_and_without_lines() -> None:
         Results(limit=1000).feed(b"x" * 1001)
     with pytest.raises(GuestError, match="over 1000 bytes"):
         Results(limit=1000).feed(b'result:{"result":"a"}\n' + b"line\n" * 1000)
+
+
+def test_lines_of_one_piece_take_time_in_proportion() -> None:
+    def seconds(count: int) -> float:
+        best = 1e9
+        for _ in range(3):
+            results, begin = Results(limit=1 << 24), time.process_time()
+            results.feed(b"\n" * count)
+            best = min(best, time.process_time() - begin)
+        return best
+
+    assert seconds(1 << 18) < 40 * seconds(
+        1 << 14
+    )  # sixteen times as many; 256 times as long when each copies the rest
 
 
 @given(st.binary(max_size=200))

@@ -166,9 +166,9 @@ class Decoder:
         return frames
 
     def _resynchronise(self, nonce: bytes) -> bool:
-        found = self._buffer.find(nonce)
+        found = self._buffer.find(nonce, HEADER.size)
         keep = HEADER.size + len(nonce)
-        if found < HEADER.size:
+        if found < 0:
             del self._buffer[: max(0, len(self._buffer) - keep)]
             return False
         del self._buffer[: found - HEADER.size]

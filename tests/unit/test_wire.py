@@ -117,6 +117,17 @@ def test_hello_is_found_in_a_frame_that_never_ended() -> None:
     assert [frame.type for frame in decoder.feed(cut_off + ANSWER)] == [FrameType.HELLO]
 
 
+@pytest.mark.parametrize("before", range(wire.HEADER.size))
+def test_hello_is_found_behind_an_echo_of_its_question(before: int) -> None:
+    """Of which the begin was lost: there is no room for a header in front of that nonce."""
+    stream = bytes(before) + b'{"nonce":"' + NONCE.encode() + b'"' + ANSWER
+    for size in (1, 7, 1000):
+        decoder = Decoder()
+        decoder.expect_hello(NONCE)
+        found = feed(decoder, [stream[start : start + size] for start in range(0, len(stream), size)])
+        assert [frame.type for frame in found] == [FrameType.HELLO]
+
+
 def test_decoder_that_waits_for_hello_forgets_what_it_skips() -> None:
     decoder = Decoder()
     decoder.expect_hello(NONCE)

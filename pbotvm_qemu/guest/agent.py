@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import itertools
 import os
 import sys
@@ -161,13 +160,18 @@ class Peer:
         if isinstance(entropy, str):
             try:
                 data = base64.b64decode(entropy, validate=True)
-            except binascii.Error:
+            except ValueError:  # binascii.Error is one, and so is what a text beyond ASCII gives
                 raise wire.WireError("resume: entropy is not base64") from None
             if not 32 <= len(data) <= 512:
                 raise wire.WireError("resume: entropy must be 32 to 512 bytes")
             system.add_entropy(data)
         name = question.get("hostname")
-        if isinstance(name, str) and 0 < len(name) <= _HOSTNAME_MAX and name.replace("-", "").isalnum():
+        if (
+            isinstance(name, str)
+            and 0 < len(name) <= _HOSTNAME_MAX
+            and name.isascii()
+            and name.replace("-", "").isalnum()
+        ):
             system.set_hostname(name)
         if "network" in question:
             network.resume(question["network"])

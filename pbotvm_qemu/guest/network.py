@@ -81,14 +81,14 @@ def _address(text: object) -> tuple[int, bytes]:
     family = socket.AF_INET6 if isinstance(text, str) and ":" in text else socket.AF_INET
     try:
         return family, socket.inet_pton(family, text if isinstance(text, str) else "")
-    except OSError:
+    except (OSError, ValueError):  # the latter for NUL, and for half a surrogate pair
         raise BadNetworkError(f"network: {str(text)[:60]!r} is no address") from None
 
 
 def _interface(text: object) -> tuple[int, bytes, int]:
     address, _slash, length = text.partition("/") if isinstance(text, str) else ("", "", "")
     family, packed = _address(address)
-    if not length.isdecimal() or int(length) > len(packed) * 8:
+    if not length.isdecimal() or len(length) > 3 or int(length) > len(packed) * 8:
         raise BadNetworkError(f"network: {str(text)[:60]!r} has no prefix length")
     return family, packed, int(length)
 

@@ -215,6 +215,13 @@ def test_ping_brings_the_same_bytes(agent: Agent) -> None:
     assert agent.next(FrameType.PING) == (FrameType.PING, 9, payload)
 
 
+@pytest.mark.parametrize("entropy", ["é" * 40, "\ud800" * 40, "*" * 40, "QUJD", "A" * 10_000])
+def test_random_numbers_that_are_none_are_refused_and_the_agent_lives(agent: Agent, entropy: str) -> None:
+    agent.send(wire.encode_json(FrameType.RESUME, 9, {"entropy": entropy}), wire.encode(FrameType.PING, 10, b"x"))
+    assert wire.decode_json(agent.next(FrameType.ERROR).payload)["code"] == "protocol"
+    assert agent.next(FrameType.PING).payload == b"x"
+
+
 async def test_exit_status_and_both_streams_arrive(channel: Channel) -> None:
     outcome, heard = await execute(channel, wants(sh("echo out; echo err >&2; exit 7")))
     assert (outcome.status, outcome.signal, outcome.exit_code) == (7, None, 7)

@@ -30,7 +30,8 @@ def test_a_network_is_understood() -> None:
         {"mac": None}, {"mac": "02:5f"}, {"mac": "01:00:5e:00:00:01"}, {"mac": "zz:zz:zz:zz:zz:zz"}, {"mtu": "1500"}, {"mtu": True},
         {"mtu": 100}, {"mtu": 1 << 20}, {"addresses": "10.0.0.2/24"}, {"addresses": ["10.0.0.2"]}, {"addresses": ["10.0.0.2/33"]},
         {"addresses": ["10.0.0.2/-1"]}, {"addresses": [7]}, {"addresses": ["10.0.0.2/24"] * 9}, {"gateway4": "x"}, {"gateway6": 7},
-        {"dns": ["nameserver\nx"]}, {"dns": [None]},
+        {"dns": ["nameserver\nx"]}, {"dns": [None]}, {"dns": ["9.9.9.9\0"]}, {"gateway4": "\ud800"},
+        {"addresses": ["10.0.0.2/" + "9" * 5000]},
     ],
 )  # fmt: skip
 def test_a_wrong_value_is_refused(change: dict[str, object]) -> None:

@@ -336,6 +336,26 @@ def test_a_thousand_connections_and_floods_are_bounded_and_others_served(keeper:
     assert cli_json(keeper.env, "status", "--json")["live"]["callers"]["held_bytes"] == 0
 
 
+def test_a_line_of_a_gigabyte_is_refused_at_once_and_costs_no_memory(keeper: Keeper) -> None:
+    """The sender reads nothing before he is done, or cut off. Whoever else asks meanwhile is served."""
+    keeper.ask("echo warm")
+    before = keeper.figure("VmHWM")
+    block = b"x" * (1 << 20)
+    sent = 0
+    with keeper.connect() as sock:
+        sock.sendall(b'{"lang": "sh", "code": "')
+        with contextlib.suppress(ConnectionError):
+            while sent < 1 << 30:
+                sock.sendall(block)
+                sent += len(block)
+                if sent == 64 << 20:
+                    assert keeper.ask("echo served") == b"served\n"
+    assert keeper.figure("VmHWM") < before + (16 << 20), sent
+    with keeper.connect() as sock:  # one who stops to listen hears why
+        sock.sendall(block + block + block)
+        assert receive(sock) == b"The request is longer than 2 MiB.\n"
+
+
 def test_a_byte_now_and_then_is_closed_without_a_word(keeper: Keeper) -> None:
     with keeper.connect() as sock:
         begin = time.monotonic()

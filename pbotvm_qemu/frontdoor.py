@@ -65,7 +65,7 @@ class FrontDoor:
                 self._desk = Desk(
                     Settings(self._config, registry),
                     name=self._name, installed=self._installed, pool=self._pool, runs=self.runs,
-                    history=paths.history(),
+                    history=paths.history(), kept=paths.kept(),
                 )  # fmt: skip
                 stack.push_async_callback(self._desk.close)
                 self._relay = await stack.enter_async_context(Relay(self._config.relay, self._desk.answer))

@@ -178,5 +178,7 @@ async def _user_network() -> Capability:
     why = "QEMU's own"
     with contextlib.suppress(HostError):
         process.find_program("passt", package="passt")
-        why += "; passt is installed, but does not hold guests back any better, and receives slower: see docs/network.md"
+        why += (
+            "; passt is installed, but does not hold guests back any better, and receives slower: see docs/network.md"
+        )
     return Capability(name, ok=True, why=why)

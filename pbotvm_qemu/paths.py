@@ -90,6 +90,11 @@ def history() -> Path:
     return data_dir() / "history"
 
 
+def kept() -> Path:
+    """Return the folder of what programs keep between runs, whether or not it exists."""
+    return data_dir() / "kept"
+
+
 def accelerator_verdicts() -> Path:
     """Return the file in which the result of the KVM probe is cached."""
     return cache_dir() / "accelerator.json"

@@ -14,7 +14,7 @@ import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from pbotvm_qemu import control, editing, paste, paths, pbot_guest, process, reply, state
+from pbotvm_qemu import control, editing, paste, paths, pbot_guest, process, reply, shelf, state
 from pbotvm_qemu import request as requests
 from pbotvm_qemu.errors import (
     GuestError,
@@ -25,6 +25,7 @@ from pbotvm_qemu.errors import (
     UnknownLanguageError,
     UsageError,
 )
+from pbotvm_qemu.guest.source import keep
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -71,11 +72,20 @@ class _Reply:
 class Desk:
     """Answers requests for the machine that this process keeps, and for those that the configuration lists.
 
-    `installed` are the languages of machine `name`; what channels ran last is kept in the folder `history`.
+    `installed` are the languages of machine `name`; what channels ran last is kept in the folder `history`,
+    what programs keep between runs in `kept`.
     """
 
     def __init__(
-        self, settings: Settings, *, name: str, installed: Sequence[str], pool: Pool, runs: RunLog, history: Path
+        self,
+        settings: Settings,
+        *,
+        name: str,
+        installed: Sequence[str],
+        pool: Pool,
+        runs: RunLog,
+        history: Path,
+        kept: Path,
     ) -> None:
         self._settings = settings
         self._name = name
@@ -85,6 +95,7 @@ class Desk:
         self._guests: dict[Endpoint, pbot_guest.PBotGuest] = {}
         self._last = reply.LastOutputs()
         self._history = history
+        self._shelf = shelf.Shelf(kept)
         self._editing = asyncio.Lock()
         self.edits = 0  # edits that are under way or wait
         self.reverts = 0
@@ -246,17 +257,49 @@ class Desk:
     async def _run(
         self, settings: Settings, request: requests.Request, language: Language, name: str, record: RunRecord
     ) -> _Reply:
-        config = settings.config
+        try:
+            if request.persist_key is None:
+                return await self._run_once(settings.config, request, language, name, record)
+            async with self._shelf.item(request.persist_key, wait=settings.config.relay.queue_wait) as kept:
+                return await self._run_once(settings.config, request, language, name, record, kept)
+        except NeverRanError as exc:
+            record.detail = str(exc)
+            offline = isinstance(exc, pbot_guest.OfflineError) or (
+                name == self._name and self._pool.status().get("problem")
+            )
+            return _Reply(reply.OFFLINE if offline else reply.UNAVAILABLE, "never-ran")
+        except HostError as exc:
+            record.detail = str(exc)
+            return _Reply(reply.FATAL, "never-ran")
+
+    async def _run_once(
+        self,
+        config: Config,
+        request: requests.Request,
+        language: Language,
+        name: str,
+        record: RunRecord,
+        kept: shelf.Item | None = None,
+    ) -> _Reply:
         output = bytearray()
         cut = False
 
         async def collect(_stream: Stream, data: bytes) -> None:
             nonlocal cut
-            kept = data[: config.relay.output - len(output)]
-            cut = cut or len(kept) < len(data)
-            output.extend(kept)
+            part = data[: config.relay.output - len(output)]
+            cut = cut or len(part) < len(data)
+            output.extend(part)
 
-        spec, content = requests.render(request, language, config.limits, stdin=request.stdin is not None, chat=True)
+        spec, content = requests.render(
+            request,
+            language,
+            config.limits,
+            stdin=request.stdin is not None,
+            chat=True,
+            kept=(request.persist_key or "") if kept else "",
+            files=[(keep.ARCHIVE, kept.data)] if kept and kept.data else [],
+            collect=[keep.ARCHIVE] if kept else [],
+        )
         begin = time.monotonic()
         try:
             if name == self._name:
@@ -264,12 +307,8 @@ class Desk:
                 outcome = await self._pool.run(spec, content, on_output=collect, stdin=feed, caller=record.caller)
             else:
                 outcome = await self._run_elsewhere(config, name, spec, content, collect, request)
-        except NeverRanError as exc:
-            record.detail = str(exc)
-            offline = isinstance(exc, pbot_guest.OfflineError) or (
-                name == self._name and self._pool.status().get("problem")
-            )
-            return _Reply(reply.OFFLINE if offline else reply.UNAVAILABLE, "never-ran")
+        except (NeverRanError, UsageError):
+            raise
         except PbotVMError as exc:
             record.detail = str(exc)
             if time.monotonic() - begin >= config.limits.wall:
@@ -277,6 +316,8 @@ class Desk:
             return _Reply(reply.MISBEHAVING, "lost")
         record.queue_s, record.clone = outcome.queue_s, outcome.clone
         record.detail = outcome.message
+        if kept and not outcome.timed_out and keep.ARCHIVE in outcome.files:
+            record.detail = kept.store(outcome.files[keep.ARCHIVE]) or record.detail
         text = reply.text_of(outcome, bytes(output), factoid=request.factoid)
         if cut or outcome.truncated:
             text = f"{reply.trim(text)} [Output truncated]"

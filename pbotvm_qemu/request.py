@@ -91,7 +91,7 @@ def parse_context(line: str, *, language: str = DEFAULT_LANGUAGE) -> tuple[Reque
         nick=_text(fields, "nick") or "vm",
         channel=_text(fields, "channel") or "vm",
         factoid="factoid" in fields,
-        persist_key=str(persist_key)[:NAME_MAX] if isinstance(persist_key, str | int) else None,
+        persist_key=str(persist_key)[:NAME_MAX] or None if isinstance(persist_key, str | int) else None,
         usage=_text(fields, "usage") or None,
         token=_text(fields, "token"),
     )
@@ -221,11 +221,12 @@ def render(
     files: Sequence[tuple[str, bytes]] = (),
     collect: Sequence[str] = (),
     chat: bool = False,
+    kept: str = "",
 ) -> tuple[spec.RunSpec, list[bytes]]:
     """Return the run frame for `request` and the content of its files.
 
     `code` replaces the request's text where the caller has bytes; `files` are put beside the program. With `chat`,
-    what a compiler says is made short. Raises UsageError when something is too large or cannot be passed on.
+    what a compiler says is made short. `kept` names a folder that the agent packs behind the program. Raises UsageError when something is too large or cannot be passed on.
     """
     program = request.code.encode("utf-8", "surrogateescape") if code is None else code
     program = language.prefix.encode() + program + language.suffix.encode()
@@ -242,9 +243,16 @@ def render(
             hint="pass data through standard input",
         )
     everything = [(language.source, program), *files]
+    steps = [list(step) for step in language.steps(request.options, request.arguments, chat=chat)]
+    if kept:
+        try:
+            spec.file_name(kept)
+        except spec.BadRequestError as exc:
+            raise UsageError(f"nothing can be kept: {exc}", hint="choose another persist-key") from exc
+        steps[-1] = [f"{spec.OWN}keep", kept, *steps[-1]]
     value = {
         "files": [{"name": name, "size": len(data)} for name, data in everything],
-        "steps": [list(step) for step in language.steps(request.options, request.arguments, chat=chat)],
+        "steps": steps,
         "env": dict(language.env),
         "stdin": stdin,
         "limits": {

@@ -35,6 +35,7 @@ class Door:
             pool=cast("Pool", pool),
             runs=self.runs,
             history=history,
+            kept=history.parent / "kept",
         )
         self.relay = Relay(config.relay, self.desk.answer)
         self.config = config

@@ -35,6 +35,7 @@ sys.path.insert(0, sys.argv.pop(1))
 uid = int(sys.argv.pop(1))
 from guest.agent import main
 import guest.source.build
+import tarfile
 if os.geteuid() == 0:
     os.setgroups([])
     os.setresgid(uid, uid, uid)

@@ -19,7 +19,7 @@ ROWS = (
     {"addresses", "paths", "endpoints", "links", "process", "qmp", "channel", "runlog", "languages"},
     {"transports"},
     {"config"},
-    {"bridgehelper", "dhcp", "netfilter", "accel", "image", "state", "request", "reply", "watchdog", "pbot_guest", "metrics", "editing"},
+    {"bridgehelper", "dhcp", "netfilter", "accel", "image", "state", "request", "reply", "watchdog", "pbot_guest", "metrics", "editing", "shelf"},
     {"netprobe", "netsetup"},
     {"net", "uplink"},
     {"plan", "execution", "paste"},

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
-from pbotvm_qemu.guest import health, legacy
+from pbotvm_qemu.guest import health, legacy, wire
 from pbotvm_qemu.guest.loop import Loop
 from pbotvm_qemu.guest.run import Owner
 
@@ -42,10 +42,15 @@ class Guest:
     def __init__(self, home: Path) -> None:
         self.loop = Loop()
         self.busy = False
+        self.handed: list[tuple[str, bytes, Callable[[], None]]] = []
         owner = Owner(str(home), "nobody", None, None, cgroups=False)
-        self.server = legacy.Server(self.loop, owner, host_busy=lambda: self.busy)
+        self.server = legacy.Server(self.loop, owner, host_busy=lambda: self.busy, on_native=self.native)
         self.listener = Listener()
         self.ours: list[socket.socket] = []
+
+    def native(self, fd: int, transport: str, *, first: bytes, on_end: Callable[[], None]) -> None:
+        del fd
+        self.handed.append((transport, first, on_end))
 
     def pair(self) -> tuple[socket.socket, socket.socket]:
         ours, theirs = socket.socketpair()
@@ -182,6 +187,18 @@ def test_while_the_host_has_a_run_of_its_own_nobody_else_gets_the_machine(guest:
     sock.sendall(request("echo hi") + b"\n\n")
     assert guest.read(sock) == answer(f"{legacy.BUSY}\n")
     assert not guest.server.used
+
+
+def test_a_frame_instead_of_a_line_is_handed_over_and_keeps_its_place(guest: Guest) -> None:
+    sock = guest.connect()
+    frame = wire.encode_json(wire.FrameType.HELLO, 0, {"nonce": "x"})
+    sock.sendall(frame)
+    guest.until(lambda: bool(guest.handed))
+    ((transport, first, on_end),) = guest.handed
+    assert (transport, first, guest.server._connections) == ("vsock", frame, 1)
+    on_end()
+    assert guest.read(sock) == b""
+    assert guest.server._connections == 0
 
 
 def test_an_answer_that_is_read_slowly_arrives_whole(guest: Guest) -> None:

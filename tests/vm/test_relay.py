@@ -248,6 +248,15 @@ def test_a_channel_changes_what_it_ran(keeper: Keeper) -> None:
     keeper.wait_log("result=edit")
 
 
+def test_a_folder_lives_on_under_its_key_while_machines_do_not(keeper: Keeper) -> None:
+    count = "echo x >>poll/votes; touch /tmp/mark; wc -l <poll/votes; stat -c %U poll/votes; ls /tmp"
+    key = {"persist-key": "poll"}
+    assert [keeper.ask(count, **key) for _ in range(2)] == [b"1\nvm\nmark\n", b"2\nvm\nmark\n"]
+    assert keeper.ask("ls -d poll").endswith(b"[Exit 2]\n")
+    code = '-lang=c11 char s[9]; FILE *f = fopen("poll/votes", "r"); int n = 0; while (fgets(s, 9, f)) n++; n'
+    assert b" n = 2" in keeper.ask(code, **key)
+
+
 def test_callers_at_once_get_their_own_answers_while_one_loops_for_ever(keeper: Keeper) -> None:
     wrong: list[tuple[str, bytes]] = []
     loop = threading.Thread(target=lambda: wrong.append(("loop", keeper.ask("while :; do :; done", nick="hog"))))

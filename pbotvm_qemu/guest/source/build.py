@@ -16,7 +16,7 @@ from pathlib import PurePath
 from typing import TYPE_CHECKING
 
 from ..spec import OWN
-from . import c, java
+from . import c, java, keep
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -50,7 +50,20 @@ def _step(argv: Sequence[str]) -> int:
         return run(argv[1:])
     if name == "report":
         return report(argv[1])
+    if name == "keep":
+        return keep.run(argv[1], lambda: _program(argv[2:]))
     os.write(2, f"there is no step {name[:40]!r}\n".encode())
+    return 126
+
+
+def _program(argv: Sequence[str]) -> int:
+    """Become the program, or do the step of ours that does. Returns only when it cannot."""
+    if argv[0].startswith(OWN):
+        return _step(argv)
+    try:
+        os.execvp(argv[0], list(argv))
+    except OSError as exc:
+        os.write(2, f"{argv[0]} cannot be started: {exc.strerror}\n".encode())
     return 126
 
 

@@ -199,9 +199,10 @@ class _Buffer:
         self._path = path
         self.entries: list[str] = []
         with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
-            for line in file.read(FILE_MAX).decode("utf-8", "replace").split("\n")[:ENTRIES_MAX]:
-                if line:
-                    self.entries.append(_entry(line))
+            lines = file.read(FILE_MAX + 1).decode("utf-8", "replace").split("\n")
+            if file.tell() > FILE_MAX:  # of an old installation, which kept more: the last line is not whole
+                del lines[-1]
+            self.entries = [_entry(line) for line in lines[:ENTRIES_MAX] if line]
 
     def newest(self, otherwise: str) -> str:
         """Return the newest entry. Raises UsageError with the text `otherwise` when there is none."""
@@ -235,8 +236,12 @@ class _Buffer:
                 break
             data += line
         temporary = self._path.with_suffix(".new")
-        temporary.write_bytes(data)
-        temporary.replace(self._path)
+        try:
+            temporary.write_bytes(data)
+            temporary.replace(self._path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 def _entry(line: str) -> str:

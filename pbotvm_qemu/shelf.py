@@ -34,17 +34,19 @@ class Item:
         problem = ""
         if data == self.data:
             return problem
+        temporary = self._path.with_suffix(".new")
         try:
             if len(data) > SIZE_MAX:
                 problem = f"what a program wants to keep is over {SIZE_MAX} bytes"
             elif not self._path.exists() and len(list(self._path.parent.glob("*.tar"))) >= KEYS_MAX:
                 problem = f"{KEYS_MAX} keys are kept already"
             else:
-                temporary = self._path.with_suffix(".new")
                 temporary.write_bytes(data)
                 temporary.replace(self._path)
         except OSError as exc:
             problem = f"cannot keep anything in {self._path.parent}: {exc.strerror}"
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
         if problem:
             log.warning("%s", problem)
         return problem

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import threading
 import time
 from typing import TYPE_CHECKING
@@ -10,6 +12,7 @@ import pytest
 
 from pbotvm_qemu import editing
 from pbotvm_qemu.editing import Editor, Reply
+from pbotvm_qemu.errors import HostError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -228,6 +231,54 @@ def test_an_old_history_is_read(tmp_path: Path) -> None:
     assert chat.said("show") == "echo new"
     assert chat.said("undo") == "echo bare text"
     assert chat.said("undo") == "[not json"
+
+
+def test_an_old_history_that_is_too_large_is_cut_at_an_entry(tmp_path: Path) -> None:
+    chat = Chat(tmp_path, "c")
+    chat.run("echo 1")
+    file = next(tmp_path.glob("*.hist"))
+    line = '{"code": "echo ' + "x" * 30_000 + '"}\n'
+    file.write_text(line * 60)
+    chat.run("echo 2")
+    kept = file.read_text().splitlines()
+    assert len(kept) == editing.FILE_MAX // len(line) + (editing.FILE_MAX % len(line) > len('{"code": "echo 2"}\n'))
+    assert set(kept) == {'{"code": "echo 2"}', line.strip()}
+    assert file.stat().st_size <= editing.FILE_MAX
+
+
+def test_all_buffers_together_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(editing, "TOTAL_MAX", 10_000)
+    for number in range(20):
+        Chat(tmp_path, f"#{number}").run("x" * 2000)
+    files = list(tmp_path.glob("*.hist"))
+    assert sum(file.stat().st_size for file in files) <= 10_000
+    assert Chat(tmp_path, "#19").said("show") == "x" * 2000
+
+
+def test_a_history_that_somebody_else_holds_is_waited_for_a_moment(
+    chat: Chat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(editing, "_LOCK", 0.1)
+    chat.run("echo 1")
+    with (tmp_path / "history/lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(HostError, match="cannot keep a history"):
+            chat.run("echo 2")
+    assert chat.run("echo 3") == "echo 3"
+
+
+def test_a_full_disk_leaves_the_history_as_it_was(chat: Chat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chat.run("echo 1")
+
+    def full(_path: Path, _data: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pathlib.Path.write_bytes", full)
+        with pytest.raises(HostError, match="No space left"):
+            chat.run("echo 2")
+    assert chat.said("show") == "echo 1"
+    assert not list((tmp_path / "history").glob("*.new"))
 
 
 def test_two_at_once_lose_nothing(tmp_path: Path) -> None:

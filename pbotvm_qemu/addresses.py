@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
 from typing import TYPE_CHECKING, Literal
 
@@ -29,6 +29,8 @@ TAP_PREFIX = "pbt"
 TAPS: dict[str, str] = {"nat": "pbtn", "isolated": "pbti", "bridge": "pbtb"}
 _FIRST = {"nat": 0x0000, "isolated": 0x1000, "bridge": 0x2000}  # so that no two guests of a host share a MAC
 _ROOM = 4000  # guests of one network; a /20 holds them
+HELPER_TAPS = "tap"  # what QEMU's helper for ordinary users calls its TAPs, and a number
+_HELPED = 16  # guests of ordinary users in one bridge
 _RESERVED = 16  # addresses at the beginning of a subnet that no guest gets
 
 # Tried in turn until one is free. Rarely used parts of the private ranges come first.
@@ -73,6 +75,20 @@ class Plan:
     def room(self) -> int:
         """How many guests can be in this network at once."""
         return min((_ROOM, *map(len, self.ranges)))
+
+    @property
+    def helped_room(self) -> int:
+        """How many of them can have a TAP of QEMU's helper; theirs are the last numbers."""
+        return min(_HELPED, self.room // 2) if self.name == "bridge" else 0
+
+    def helped(self, number: int) -> Guest:
+        """Return the guest at the helper's TAP `number`. Raises NetworkError when the network has no room for it."""
+        if not 0 <= number < self.helped_room:
+            raise NetworkError(
+                f"the bridge has room for {self.helped_room} guests of ordinary users, this would be {HELPER_TAPS}{number}",
+                hint="stop some machines, or what else made such TAPs: ip link show type tun",
+            )
+        return replace(self.guest(self.room - 1 - number), tap=f"{HELPER_TAPS}{number}")
 
     @property
     def networks(self) -> tuple[Network, ...]:

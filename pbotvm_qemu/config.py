@@ -174,6 +174,11 @@ class NetworkConfig:
     peers: bool = False  # whether guests in mode isolated reach each other
     dhcp: bool = False  # whether guests in mode nat can ask for their address (dnsmasq)
     forward: tuple[str, ...] = ()  # HOST-PORT:GUEST-PORT[/PROTOCOL], on the host's loopback
+    machines: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # what is different for a machine, by name
+
+    def of(self, machine: str) -> NetworkConfig:
+        """Return the settings of machine `machine`."""
+        return replace(self, **self.machines.get(machine, {}))
 
     def policy(self) -> policy.Policy:
         """Return what guests may do. The entries were checked when the configuration was read."""
@@ -235,6 +240,7 @@ _RANGES: dict[tuple[str, str], tuple[float, float]] = {
     ("network", "rate"): (0, 1 << 36),
     ("network", "connections"): (0, 1 << 20),
 }
+_OF_MACHINES = ("egress", "allow", "rate")  # keys of [network] that a machine can have of its own
 _WORDS: dict[tuple[str, str], tuple[str, ...]] = {
     ("pool", "revert"): ("auto", "clone", "loadvm", "restart"),
     ("pool", "transport"): ("auto", "vsock", "vhost-user-vsock", "virtio-serial", "isa-serial"),
@@ -292,6 +298,8 @@ def checked(table: _Table, table_name: str, changes: Mapping[str, object], sourc
 
 def _value(table: str, name: str, raw: object, default: object, source: str) -> object:
     what = f"{source}: {name.replace('_', '-')}"
+    if (table, name) == ("network", "machines"):
+        return _networks_of_machines(raw, what)
     value: object = raw
     if (table, name) in _SIZES and isinstance(raw, str):
         try:
@@ -344,6 +352,25 @@ def _check_network(name: str, value: object, what: str) -> None:
             policy.parse_subnet(text, what, version=int(name[-1]))
         elif name == "bridge":
             policy.parse_interface(text, what)
+
+
+def _networks_of_machines(raw: object, what: str) -> dict[str, dict[str, object]]:
+    """Return the tables [network.machines.NAME], checked. Raises ConfigError for the first that is wrong."""
+    if not isinstance(raw, dict) or not all(isinstance(table, dict) for table in raw.values()):
+        raise ConfigError(f"{what} has no tables", hint='write [network.machines.NAME] and below it egress = "listed"')
+    found: dict[str, dict[str, object]] = {}
+    for machine, table in raw.items():
+        _check("machine", "name", machine, machine, what)
+        if unknown := sorted(set(table) - set(_OF_MACHINES)):
+            raise ConfigError(
+                f"{what}: unknown key {unknown[0]!r} of {machine}", hint=f"known keys: {', '.join(_OF_MACHINES)}"
+            )
+        defaults = NetworkConfig()
+        found[machine] = {
+            key: _value("network", key, value, getattr(defaults, key), f"{what}.{machine}")
+            for key, value in table.items()
+        }
+    return found
 
 
 def _converted(raw: str | list[object], default: object, what: str) -> object:

@@ -147,7 +147,7 @@ def _loose(count: int, *, vhost: bool) -> Iterator[Attachment]:
 async def _privileged(
     network: NetworkName, settings: NetworkConfig, machine: str, count: int, *, vhost: bool
 ) -> AsyncIterator[Attachment]:
-    policy = netsetup.policy(settings)
+    policy = netsetup.policy(settings.of(machine))
     async with contextlib.AsyncExitStack() as stack:
         async with links.Links() as kernel:
             place = await netsetup.place(kernel, network, settings)
@@ -174,14 +174,15 @@ async def _privileged(
 
 def _open_tap(plan: Plan, count: int) -> tuple[Guest, list[int]]:
     """Make a TAP with a number that nobody has. Raises NetworkError when the network is full."""
-    for attempt in range(_ATTEMPTS + plan.room):
+    room = plan.room - plan.helped_room
+    for attempt in range(_ATTEMPTS + room):
         # At random, so that a number is not used again while the world still sends answers to who had it before.
-        number = secrets.randbelow(plan.room) if attempt < _ATTEMPTS else attempt - _ATTEMPTS
+        number = secrets.randbelow(room) if attempt < _ATTEMPTS else attempt - _ATTEMPTS
         guest = plan.guest(number)
         with contextlib.suppress(FileExistsError):
             return guest, links.open_tap(guest.tap, queues=count)
     raise NetworkError(
-        f"network {plan.name} is full: {plan.room} guests are in it",
+        f"network {plan.name} is full: {room} guests are in it",
         hint="stop some machines, or give it more addresses in [network] of config.toml",
     )
 
@@ -259,7 +260,7 @@ async def _helped(network: NetworkName, settings: NetworkConfig) -> AsyncIterato
     held = [await bridgehelper.open_tap(place.bridge.name)]
     try:
         name = links.tap_name(held[0])
-        guest = place.plan.guest(int("".join(filter(str.isdigit, name)) or 0))
+        guest = place.plan.helped(int("".join(filter(str.isdigit, name)) or 0))
         servers = settings.dns or netsetup.resolvers()
         yield Attachment(
             mode=network, taps=tuple(held), held=held, guest=guest, resume=resume(guest, servers, place.bridge.mtu)

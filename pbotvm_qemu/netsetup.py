@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import socket
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -17,9 +18,9 @@ from ipaddress import IPv4Network, IPv6Network, ip_interface
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pbotvm_qemu import addresses, dhcp, netfilter
+from pbotvm_qemu import addresses, dhcp, netfilter, process
 from pbotvm_qemu.addresses import BRIDGES, NAMES, TAP_PREFIX, NetworkName, Plan
-from pbotvm_qemu.errors import NetworkError
+from pbotvm_qemu.errors import HostError, NetworkError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Sequence
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
     from pbotvm_qemu.links import Interface, Link, Links, Network, Route
     from pbotvm_qemu.policy import Policy
 
+log = logging.getLogger(__name__)
+
+_RELOAD = 20.0  # seconds
 GROUP = 0x70626F74  # "pbot": the link group of what we made
 ALIAS = "pbotvm-qemu"
 _READY = "ready"
@@ -38,17 +42,20 @@ FORWARD4 = "net/ipv4/ip_forward"
 FORWARD6 = "net/ipv6/conf/all/forwarding"
 _PROC = Path("/proc/sys")
 
-# Others that manage interfaces are told to leave ours alone, in folders that are gone after a reboot.
+# Others that manage interfaces are told to leave ours alone, in folders that are gone after a reboot: what shows that
+# they run, the file, what is in it, and what has them read it.
 _NETWORKMANAGER = Path("/run/NetworkManager")
 _NETWORKD = Path("/run/systemd/netif")
 MANAGER_FILES = (
     (
         _NETWORKMANAGER, Path("/run/NetworkManager/conf.d/90-pbotvm-qemu.conf"),
         f"[keyfile]\nunmanaged-devices+=interface-name:pbot-*;interface-name:{TAP_PREFIX}*\n",
+        ("nmcli", "general", "reload", "conf"),
     ),
     (
         _NETWORKD, Path("/run/systemd/network/05-pbotvm-qemu.network"),
         f"[Match]\nName=pbot-* {TAP_PREFIX}*\n\n[Link]\nUnmanaged=yes\n",
+        ("networkctl", "reload"),
     ),
 )  # fmt: skip
 
@@ -267,7 +274,6 @@ def _dhcp_steps(view: View, settings: NetworkConfig) -> list[Step]:
 def _guest_steps(links: Links, view: View, settings: NetworkConfig) -> list[Step]:
     """Return the steps that give guests, which run already, the policy that is wanted now."""
     steps = []
-    now = policy(settings)
     for link in view.links:
         found = addresses.tap_number(link.name)
         words = link.alias.split()
@@ -277,6 +283,7 @@ def _guest_steps(links: Links, view: View, settings: NetworkConfig) -> list[Step
         plan = wanted_plan(network, settings, view)
         if number >= plan.room:
             continue
+        now = policy(settings.of(words[1]))
         text = netfilter.admit(plan.guest(number), plan, now, dhcp=settings.dhcp and network == "nat")
         alias = tap_alias(words[1], text)
         if link.alias != alias:
@@ -306,9 +313,10 @@ def _check_tables(view: View) -> None:
 def manager_steps() -> list[Step]:
     """Return the steps that keep NetworkManager and systemd-networkd away from our interfaces, where they run."""
     steps = []
-    for sign, file, text in MANAGER_FILES:
+    for sign, file, text, reload in MANAGER_FILES:
         if sign.is_dir() and _text(file) != text:
-            steps.append(Step(f"write {file}, so that pbot-* and {TAP_PREFIX}* are left alone", _writer(file, text)))
+            what = f"write {file}, so that pbot-* and {TAP_PREFIX}* are left alone, and {' '.join(reload)}"
+            steps.append(Step(what, _writer(file, text, reload)))
     return steps
 
 
@@ -319,7 +327,7 @@ def _text(file: Path) -> str:
         return ""
 
 
-def _writer(file: Path, text: str) -> Callable[[], Awaitable[None]]:
+def _writer(file: Path, text: str, reload: Sequence[str]) -> Callable[[], Awaitable[None]]:
     async def do() -> None:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -328,8 +336,18 @@ def _writer(file: Path, text: str) -> Callable[[], Awaitable[None]]:
             temporary.replace(file)
         except OSError as exc:
             raise NetworkError(f"cannot write {file}: {exc.strerror}", hint="run as root") from exc
+        await _reload(reload)
 
     return do
+
+
+async def _reload(words: Sequence[str]) -> None:
+    """Have a manager of networks read what it is told. One that does not answer reads it at its next start."""
+    try:
+        program = process.find_program(words[0], package=words[0])
+        (await process.run([program, *words[1:]], timeout=_RELOAD)).check()
+    except HostError as exc:
+        log.warning("%s", exc)
 
 
 def _bridge_steps(links: Links, view: View, settings: NetworkConfig, network: NetworkName) -> list[Step]:
@@ -502,7 +520,7 @@ def down(links: Links, view: View, networks: Sequence[NetworkName]) -> list[Step
             )
         )
     if not left:
-        steps += [Step(f"remove {file}", _remover(file)) for _sign, file, _text_ in MANAGER_FILES if file.exists()]
+        steps += _unmanage_steps()
     return steps
 
 
@@ -515,10 +533,21 @@ def _restore_steps(before: dict[str, str]) -> list[Step]:
     ]
 
 
-def _remover(file: Path) -> Callable[[], Awaitable[None]]:
+def _unmanage_steps() -> list[Step]:
+    """Return the steps that remove what managers of networks were told."""
+    return [
+        Step(f"remove {file}, and {' '.join(reload)}", _remover(file, reload if sign.is_dir() else ()))
+        for sign, file, _text_, reload in MANAGER_FILES
+        if file.exists()
+    ]
+
+
+def _remover(file: Path, reload: Sequence[str]) -> Callable[[], Awaitable[None]]:
     async def do() -> None:
         with contextlib.suppress(FileNotFoundError):
             file.unlink()
+        if reload:
+            await _reload(reload)
 
     return do
 
@@ -541,7 +570,7 @@ def leftovers(links: Links, view: View) -> list[Step]:
     if unfinished:
         steps += down(links, view, unfinished)
     elif not any(view.tables.values()) and not any(view.link(BRIDGES[name]) for name in NAMES):
-        steps += [Step(f"remove {file}", _remover(file)) for _sign, file, _text_ in MANAGER_FILES if file.exists()]
+        steps += _unmanage_steps()
     return steps
 
 

@@ -193,6 +193,10 @@ async def status(settings: NetworkConfig) -> dict[str, object]:
             "connections": rules.connections,
             "forward": [str(entry) for entry in rules.forward],
         },
+        "machines": {
+            name: {key: list(value) if isinstance(value, tuple) else value for key, value in table.items()}
+            for name, table in settings.machines.items()
+        },
         "missing": missing,
         "warnings": warnings,
     }
@@ -297,6 +301,10 @@ def lines(report: dict[str, object]) -> list[str]:
     rules = report["policy"]
     if isinstance(rules, dict):
         said += [f"policy     {key + ':':12} {_shown(value)}" for key, value in rules.items()]
+    different = report["machines"]
+    if isinstance(different, dict):
+        for machine, table in different.items():
+            said += [f"policy     {key + ':':12} {_shown(value)} (machine {machine})" for key, value in table.items()]
     said += [f"missing    {what}" for what in _list(report["missing"])]
     for item in _items(report, "warnings"):
         said += [f"warning    {item['warning']}", f"           -> {item['hint']}"]

@@ -110,15 +110,34 @@ async def test_managers_of_networks_are_told_to_leave_us_alone(
     network: lab.Lab, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     del network
-    there, absent = tmp_path / "NetworkManager", tmp_path / "netif"
+    there, absent, told = tmp_path / "NetworkManager", tmp_path / "netif", tmp_path / "told"
     there.mkdir()
-    files = ((there, there / "conf.d/90.conf", "[keyfile]\n"), (absent, tmp_path / "network/05.network", "[Match]\n"))
+    files = (
+        (there, there / "conf.d/90.conf", "[keyfile]\n", ("touch", str(told))),
+        (absent, tmp_path / "network/05.network", "[Match]\n", ("false",)),
+    )
     monkeypatch.setattr(netsetup, "MANAGER_FILES", files)
     await up()
     assert files[0][1].read_text() == "[keyfile]\n"
     assert not files[1][1].exists()
+    assert told.exists()
+    told.unlink()
+    assert await up() == []
+    assert not told.exists()
     await down()
     assert not files[0][1].exists()
+    assert told.exists()
+
+
+async def test_a_manager_that_does_not_answer_is_no_obstacle(
+    network: lab.Lab, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = lab.dump(network.host)
+    monkeypatch.setattr(netsetup, "MANAGER_FILES", ((tmp_path, tmp_path / "90.conf", "[keyfile]\n", ("false",)),))
+    await up()
+    assert "false" in caplog.text
+    await down()
+    lab.assert_same(network.host, before)
 
 
 def descriptors() -> set[str]:
@@ -277,6 +296,28 @@ async def test_a_card_with_several_queues(network: lab.Lab) -> None:
         assert "numtxqueues" in network.ip("-d", "link", "show", here.guest.tap)
         argv = net.policy_arguments("nat", taps=here.taps)
         assert f"fds={here.taps[0]}:{here.taps[1]}" in argv[1]
+
+
+async def test_machines_have_policies_of_their_own(network: lab.Lab) -> None:
+    del network
+    settings = replace(SETTINGS, machines={"m1": {"egress": "listed", "allow": ("45.45.45.1:80/tcp",), "rate": 4096}})
+    await up(settings)
+    async with net.attached("nat", settings, "m1") as one, net.attached("nat", settings, "m2") as two:
+        assert one.guest
+        assert two.guest
+
+        def rules(guest: addresses.Guest) -> str:
+            return lab.sh("nft", "list", "chain", "bridge", "pbotvm", f"to-{guest.tap}")
+
+        assert "45.45.45.1 tcp dport 80 accept" in rules(one.guest)
+        assert "45.45.45.1 tcp dport 80 accept" not in rules(two.guest)
+        assert await up(settings) == []
+        changed = replace(settings, machines={"m2": {"egress": "listed", "allow": ("45.45.45.1:80/tcp",)}})
+        assert set(await up(changed)) == {
+            f"change the rules of {one.guest.tap}, machine m1", f"change the rules of {two.guest.tap}, machine m2",
+        }  # fmt: skip
+        assert "45.45.45.1 tcp dport 80 accept" not in rules(one.guest)
+        assert "45.45.45.1 tcp dport 80 accept" in rules(two.guest)
 
 
 async def test_a_full_network_says_so(network: lab.Lab) -> None:

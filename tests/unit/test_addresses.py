@@ -64,3 +64,15 @@ def test_an_ipv6_subnet_is_always_the_same_and_nobody_elses() -> None:
     found = {addresses.subnet6(host, name) for host in (b"a", b"b") for name in addresses.NAMES}
     assert len(found) == 6
     assert all(net.prefixlen == 64 and str(net).startswith("fd") for net in found)
+
+
+def test_guests_of_ordinary_users_have_numbers_that_machines_of_root_do_not_get() -> None:
+    plan = addresses.bridged_plan(b"host", ("192.0.2.10-192.0.2.19/24",), ())
+    assert (plan.room, plan.helped_room) == (10, 5)
+    helped = [plan.helped(number) for number in range(5)]
+    assert [guest.tap for guest in helped] == [f"tap{number}" for number in range(5)]
+    assert {guest.number for guest in helped} == set(range(5, 10))
+    with pytest.raises(NetworkError, match="room for 5 guests of ordinary users") as caught:
+        plan.helped(5)
+    assert caught.value.hint
+    assert addresses.own_plan("isolated", b"host", IPv4Network("10.0.0.0/24"), None).helped_room == 0

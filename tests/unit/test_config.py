@@ -190,6 +190,13 @@ def test_a_network_is_read_and_checked(file: Path) -> None:
     assert [str(entry) for entry in policy.forward] == ["8080:80/tcp"]
 
 
+def test_a_machine_has_a_policy_of_its_own(file: Path) -> None:
+    file.write_text('[network]\nrate = "1M"\n[network.machines.a]\nallow = ["192.0.2.1"]\nrate = "2K"\n')
+    network = config.load(file, {}).network
+    assert (network.of("a").rate, network.of("a").allow) == (2048, ("192.0.2.1",))
+    assert (network.of("b").rate, network.of("b").allow) == (1 << 20, ())
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -206,6 +213,10 @@ def test_a_network_is_read_and_checked(file: Path) -> None:
         ("[network]\nbridge = 'a-name-of-16-byt'", "bridge: the interface name .* has 16 bytes"),
         ("[network]\nrate = -1", "rate is -1, out of range"),
         ("[network]\npeers = 1", "peers is 1, expected bool"),
+        ("[network]\nmachines = 1", "machines has no tables"),
+        ("[network.machines.a]\npeers = true", "machines: unknown key 'peers' of a"),
+        ("[network.machines.a]\negress = 'all'", "machines.a: egress is 'all'"),
+        ("[network.machines.'/']\nrate = 1", "cannot name a machine"),
     ],
 )
 def test_a_network_that_makes_no_sense_is_named(file: Path, text: str, said: str) -> None:

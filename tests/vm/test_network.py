@@ -25,7 +25,17 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from pbotvm_qemu import bridgehelper, creation, dhcp, image, links, netfilter, netsetup, paths, template
+from pbotvm_qemu import (
+    bridgehelper,
+    creation,
+    dhcp,
+    image,
+    links,
+    netfilter,
+    netsetup,
+    paths,
+    template,
+)
 from pbotvm_qemu.config import Config, MachineConfig, NetworkConfig
 from pbotvm_qemu.errors import GuestError
 from pbotvm_qemu.machine import VirtualMachine
@@ -138,6 +148,7 @@ async def booted(source: Source, mode: str, *, cpus: int = 1) -> AsyncIterator[V
 
 KINDS = ("tcp", "udp", "icmp")
 SIZE = 4 << 20  # bytes
+CLONES = 24
 HOST = {"host4": lab.HOST4, "host6": lab.HOST6}
 
 
@@ -463,6 +474,21 @@ async def test_nothing_forged_leaves_a_guest(machine: Source, network: lab.Lab) 
                         for match in re.findall(rb"FORGED-([a-z0-9-]+)!", frame)
                     }
             assert heard == honest, f"mode {mode}"
+
+
+async def test_clones_that_come_and_go_leave_nothing(machine: Source, network: lab.Lab) -> None:
+    await bring_up(SETTINGS)
+    before = lab.dump(network.host)
+
+    async def come_and_go(number: int) -> None:
+        async with guests(machine, "nat" if number % 3 else "isolated", SETTINGS, f"g{number}") as (one,):
+            assert one.attachment.guest
+            if number % 4 == 0:  # this one does not end in peace
+                os.kill(one.pid, signal.SIGKILL)
+
+    for number in range(0, CLONES, 4):
+        await asyncio.gather(*(come_and_go(number + more) for more in range(4)))
+    lab.assert_same(network.host, before)
 
 
 async def test_a_killed_keeper_leaves_rules_that_prune_removes(machine: Source, network: lab.Lab) -> None:

@@ -13,9 +13,9 @@ import itertools
 import logging
 from typing import IO, TYPE_CHECKING, Literal, Protocol
 
-from pbotvm_qemu import template
+from pbotvm_qemu import config, paths, template
 from pbotvm_qemu.config import SNAPSHOT
-from pbotvm_qemu.errors import GuestError, HostError, MonitorError, StateError
+from pbotvm_qemu.errors import ConfigError, GuestError, HostError, MonitorError, StateError
 from pbotvm_qemu.machine import RESTORE_TIMEOUT, VirtualMachine
 from pbotvm_qemu.plan import Memory, check_qemu
 
@@ -75,7 +75,7 @@ class Clone:
 
     async def _thaw(self, plan: Plan, frozen: Frozen, memory: IO[bytes] | None) -> VirtualMachine:
         hostname = f"{plan.config.name}-{next(self._numbers)}"
-        machine = VirtualMachine(plan, thaw=frozen, own_memory=memory, hostname=hostname)
+        machine = VirtualMachine(_of_today(plan), thaw=frozen, own_memory=memory, hostname=hostname)
         return await machine.__aenter__()
 
     async def renew(self, machine: VirtualMachine) -> bool:
@@ -97,7 +97,7 @@ class Restart:
     async def start(self) -> VirtualMachine:
         """Return the machine, started from its snapshot. Raises StateError when QEMU is not the same any more."""
         check_qemu(self.plan.config.name, self.plan.qemu, self._fingerprint)
-        return await VirtualMachine(self.plan).__aenter__()
+        return await VirtualMachine(_of_today(self.plan)).__aenter__()
 
     async def renew(self, machine: VirtualMachine) -> bool:
         """Have the process ended."""
@@ -129,6 +129,20 @@ class LoadVM(Restart):
             log.warning("snapshot-load did not bring machine %s back (%s); starting a new process", machine.name, exc)
             return False
         return True
+
+
+def _of_today(plan: Plan) -> Plan:
+    """Return `plan` with the network's settings as they are now.
+
+    `net up` gives a changed policy to guests that run; those that a keeper starts later must not have the old one.
+    """
+    if plan.network is None or plan.config.net == "none":
+        return plan
+    try:
+        return dataclasses.replace(plan, network=config.load(paths.config_file()).network)
+    except ConfigError as exc:
+        log.error("machine %s starts with the network settings of before: %s", plan.config.name, exc)  # noqa: TRY400 - the message says it all
+        return plan
 
 
 def choose(plan: Plan, fingerprint: dict[str, str], wanted: str, *, shared: bool = True) -> Way:

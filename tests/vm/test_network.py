@@ -340,6 +340,9 @@ async def test_a_running_guest_gets_another_policy(machine: Source, network: lab
         await assert_reaches(one, everything, {"outside4 tcp", "outside4 udp", "private4 tcp"})
         await bring_up(replace(SETTINGS, allow=(f"{gateway(one, 4)}:{lab.PORT}/tcp",)))
         await assert_reaches(one, everything, {"outside4 tcp", "outside4 udp", "gateway4 tcp"})
+        # Another policy for this machine alone.
+        await bring_up(replace(SETTINGS, machines={NAME: {"allow": ("10.99.0.1",), "egress": "listed"}}))
+        await assert_reaches(one, everything, {"private4 tcp", "private4 udp"})
 
 
 async def test_a_narrower_policy_cuts_open_connections(machine: Source, network: lab.Lab) -> None:
@@ -491,6 +494,25 @@ async def test_clones_that_come_and_go_leave_nothing(machine: Source, network: l
     lab.assert_same(network.host, before)
 
 
+def narrowed(env: dict[str, str]) -> None:
+    """Narrow the policy of a machine that is kept: what runs and what is started later have the new one.
+
+    Everything is called from this thread, which is in the right namespace.
+    """
+    words = ("exec", "--timeout=60", "-lang=python3", ASK_WORLD.replace("timeout=60", "timeout=3"))
+    done = support.cli(env, *words)
+    assert done.returncode == 0, done.stderr.decode()
+    file = paths.config_file()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(f'[network.machines.{NAME}]\negress = "listed"\n')
+    done = support.cli(env, "net", "up")
+    assert done.returncode == 0, done.stderr.decode()
+    for _ in range(4):  # more than there are clones ready
+        done = support.cli(env, *words)
+        assert (done.returncode, b"TimeoutError" in done.stderr) == (1, True), done.stderr.decode()
+    file.unlink()
+
+
 async def test_a_killed_keeper_leaves_rules_that_prune_removes(machine: Source, network: lab.Lab) -> None:
     del machine
     await bring_up(NetworkConfig())
@@ -498,6 +520,7 @@ async def test_a_killed_keeper_leaves_rules_that_prune_removes(machine: Source, 
     env = dict(os.environ)
     started = support.cli(env, "start")
     assert started.returncode == 0, started.stderr.decode()
+    narrowed(env)
     assert "pbtn" in network.ip("-o", "link")
     os.kill(support.cli_json(env, "status", "--json")["pid"], signal.SIGKILL)
     await lab.eventually(lambda: "pbtn" not in network.ip("-o", "link"))

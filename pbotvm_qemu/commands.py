@@ -22,7 +22,7 @@ from pbotvm_qemu import (
     snapshots,
     state,
 )
-from pbotvm_qemu.config import SNAPSHOT
+from pbotvm_qemu.config import SNAPSHOT, format_size
 from pbotvm_qemu.errors import PbotVMError, StateError
 from pbotvm_qemu.languages import Language, Registry
 
@@ -129,15 +129,31 @@ def summary(name: str) -> dict[str, object]:
         "health": record.machine.health,
         "accelerator": record.accelerator,
         "languages": list(record.languages),
+        **_image_figures(record.image),
         "created": record.created,
     }
+
+
+def _image_figures(id_: str) -> dict[str, object]:
+    """Return size in bytes and build time in seconds of an image, None for what is not known."""
+    try:
+        found = image.Image.load(id_)
+    except PbotVMError:
+        return {"image_bytes": None, "image_build_s": None}
+    return {"image_bytes": found.size, "image_build_s": found.build_s}
+
+
+def image_text(built: image.Image) -> str:
+    """Return size and build time of an image in words."""
+    took = "" if built.build_s is None else f", built in {built.build_s:.0f} s"
+    return f"the image has {format_size(built.size)}{took}"
 
 
 async def status(keeper_config: Config) -> dict[str, object]:
     """Return everything that is known about machine `keeper_config.machine.name`. Raises StateError when there is none."""
     name = keeper_config.machine.name
     record = state.load(name)
-    files = paths.MachinePaths(name)
+    files = state.files(name)
     report = summary(name) | {
         "image": record.image,
         "qemu": record.qemu,
@@ -210,7 +226,7 @@ def _why_not(language: Language, name: str | None, installed: Sequence[str] | No
         return language.absent
     if installed is None:
         return f"there is no machine {name!r} yet" if name else "no machine was named"
-    return f"machine {name!r} was made without it"
+    return f"machine {name!r} is without it; `pbotvm-qemu languages add {language.name}` adds it"
 
 
 def language(name: str) -> dict[str, object]:
@@ -231,7 +247,7 @@ def installed_languages(name: str, text: str) -> tuple[Language, ...]:
     record = state.ready(name)
     registry = Registry.load(paths.user_languages())
     chosen = registry.select(text or ",".join(record.languages))
-    return tuple(registry.find(item.name, record.languages) for item in chosen)
+    return tuple(registry.find(item.name, record.languages, machine=name) for item in chosen)
 
 
 # snapshots ---------------------------------------------------------------------------------------------------------------
@@ -251,7 +267,7 @@ async def snapshot_list(name: str) -> list[dict[str, object]]:
     if await _with_own_disk(name):
         found = (await control.ask(name, {"do": "snapshot-list"}))["snapshots"]
         return [item for item in found if isinstance(item, dict)] if isinstance(found, list) else []
-    return await image.overlay_snapshots(paths.MachinePaths(name).disk)
+    return await image.overlay_snapshots(state.files(name).disk)
 
 
 async def snapshot_create(name: str, tag: str) -> None:
@@ -268,7 +284,7 @@ async def snapshot_delete(name: str, tag: str) -> None:
         await control.ask(name, {"do": "snapshot-delete", "tag": tag}, timeout=_ASK_SNAPSHOT)
         return
     async with state.lock(name, purpose="snapshot"):
-        disk = paths.MachinePaths(name).disk
+        disk = state.files(name).disk
         tags = [str(item.get("name")) for item in await image.overlay_snapshots(disk)]
         if tag == SNAPSHOT:
             raise StateError(
@@ -292,6 +308,12 @@ async def remove(name: str, *, force: bool) -> None:
     """Delete machine `name`. Raises StateError when it runs and `force` is not given."""
     if not paths.MachinePaths(name).directory.exists():
         state.load(name)
+    async with state.changing(name):
+        await _remove(name, force=force)
+    state.forget_lock(name)
+
+
+async def _remove(name: str, *, force: bool) -> None:
     kept = state.running(name)
     if kept and not force:
         raise StateError(
@@ -305,7 +327,6 @@ async def remove(name: str, *, force: bool) -> None:
         kept.keeper.kill()
     async with state.lock(name, purpose="rm", wait=10.0):
         state.discard(name)
-    state.forget_lock(name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -329,7 +350,7 @@ async def prune(*, dry_run: bool, images: bool) -> list[Leftover]:
         if not dry_run:
             shutil.rmtree(folder, ignore_errors=True)
     found += [Leftover("network", what) for what in await network_commands.prune(dry_run=dry_run)]
-    if images:
+    if images and not state.in_transition():
         used = {state.load(name).image for name in state.names() if summary(name)["state"] != "damaged"}
         for id_ in sorted(image.built() - used):
             found.append(Leftover("image", str(paths.images() / id_)))
@@ -345,10 +366,25 @@ def _known_names() -> list[str]:
 
 
 async def _prune_machine(name: str, *, dry_run: bool) -> list[Leftover]:
-    if state.running(name):
+    found = await _prune_languages(name, dry_run=dry_run)
+    return found if state.running(name) else found + await _prune_crash(name, dry_run=dry_run)
+
+
+async def _prune_languages(name: str, *, dry_run: bool) -> list[Leftover]:
+    """Find and remove what a change of languages replaced or did not finish, also under a machine that is kept."""
+    try:
+        record = state.ready(name)
+        async with state.changing(name):
+            stale = state.replaced(record)
+            left = [] if dry_run else state.sweep(record)
+    except StateError:  # unfinished, damaged, or being changed just now
         return []
+    return [Leftover("template", f"{file}, which is not in use any more") for file in stale if file not in left]
+
+
+async def _prune_crash(name: str, *, dry_run: bool) -> list[Leftover]:
     found: list[Leftover] = []
-    files = paths.MachinePaths(name)
+    files = state.files(name)
     if left := state.get_process(name):
         found.append(Leftover("record", f"{files.process_record} of process {left.keeper.pid}, which is gone"))
     if lost := [qemu.pid for qemu in state.orphans(name)] if not state.held(name) else []:

@@ -152,6 +152,7 @@ class PoolConfig:
     most: int = 0  # that live at once; 0 for as many as processors and memory carry
     revert: str = "auto"  # the way back to clean: "auto", "clone", "loadvm" or "restart"
     transport: str = "auto"  # how guests are reached, or one of `transports.NAMES`
+    warm: tuple[str, ...] = ()  # languages whose sample each clone runs before it is handed out
     share_memory: bool = True  # whether clones share the template's memory until they change it
     sessions: int = 4  # at once
     session_idle: float = 300.0  # seconds without use that end a session

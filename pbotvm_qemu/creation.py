@@ -40,7 +40,7 @@ async def create(config: Config, languages: str, progress: Progress, *, force: b
     name = config.machine.name
     chosen = Registry.load(paths.user_languages()).select(languages)
     qemu = find_qemu()
-    async with state.lock(name, purpose="create"):
+    async with state.changing(name), state.lock(name, purpose="create"):
         if _exists(name) and not force:
             raise StateError(
                 f"machine {name!r} exists already",
@@ -78,8 +78,9 @@ async def make(
     state.discard(name)
     paths.private(files.directory, mode=0o711)
     try:
-        record = await _prepare(config, built, qemu, accelerator, [item.name for item in chosen])
-        await _freeze(record, built, chosen, progress)
+        record = await prepare(_with_free_ports(config), built, qemu, accelerator, [item.name for item in chosen])
+        state.save(record)
+        await freeze(record, built, chosen, progress)
         record = replace(record, state="ready")
         state.save(record)
     except BaseException:
@@ -96,24 +97,32 @@ def _exists(name: str) -> bool:
         return paths.MachinePaths(name).record.exists()  # damaged: only --force may touch it
 
 
-async def _prepare(
-    config: Config, built: image.Image, qemu: str, accelerator: accel.Name, languages: list[str]
+async def prepare(
+    hardware: MachineConfig,
+    built: image.Image,
+    qemu: str,
+    accelerator: accel.Name,
+    languages: Sequence[str],
+    build: str = "",
 ) -> state.MachineRecord:
-    """Write the disk, the initramfs and a first record of a machine."""
-    hardware = _with_free_ports(config)
-    files = paths.MachinePaths(hardware.name)
+    """Write the initramfs of a machine that is to be frozen, and return its first record.
+
+    Raises HostError when there is no room for the rest.
+    """
+    files = paths.MachinePaths(hardware.name, build)
     need = 2 * hardware.memory + _SNAPSHOT_ROOM
-    free = shutil.disk_usage(files.directory).free
+    free = shutil.disk_usage(files.home).free
     if free < need:
         raise HostError(
-            f"{files.directory} has {free >> 20} MiB of free space, the snapshot needs up to {need >> 20} MiB",
+            f"{files.home} has {free >> 20} MiB of free space, the snapshot needs up to {need >> 20} MiB",
             hint="free some space, use less --memory, or set XDG_DATA_HOME to a larger disk",
         )
     digest = image.write_initramfs(built, files.initramfs)
     vsock = bool(hardware.cid and hardware.vport) and plan.has_vsock()
     vhost = net.imagined(hardware.net, hardware.cpus) > 0 and net.has_vhost()
-    record = state.MachineRecord(
+    return state.MachineRecord(
         name=hardware.name,
+        build=build,
         uuid=str(uuid.uuid4()),
         created=int(time.time()),
         state="creating",
@@ -124,8 +133,6 @@ async def _prepare(
         qemu=qemu,
         fingerprint=plan.fingerprint(hardware, built, qemu, accelerator, digest, vsock=vsock, vhost=vhost),
     )
-    state.save(record)
-    return record
 
 
 def _with_free_ports(config: Config) -> MachineConfig:
@@ -142,17 +149,22 @@ def _with_free_ports(config: Config) -> MachineConfig:
     return replace(config.machine, serial=serial, health=health)
 
 
-async def _freeze(
+async def freeze(
     record: state.MachineRecord, built: image.Image, languages: Sequence[Language], progress: Progress
-) -> None:
-    """Boot the machine, warm up every language, freeze it as a template, and take the clean snapshot from a clone."""
-    files = paths.MachinePaths(record.name)
+) -> template.Template:
+    """Boot the machine, warm up every language, freeze it as a template, and take the clean snapshot from a clone.
+
+    Raises GuestError that names the language whose sample fails, and what VirtualMachine raises.
+    """
+    files = paths.MachinePaths(record.name, record.build)
     hardware = record.machine
     progress("booting the guest", 0.72)
     ram = template.prepare(files.template, hardware.memory)
     disk = files.template / "disk.qcow2"
     await image.create_overlay(built, disk, hardware.disk_size)
     cold = plan.Plan.of(record, built, loadvm=None)
+    if record.build:  # the machine that it is to replace has the ports and the console
+        cold = replace(cold, config=replace(hardware, serial=0, health=0), console=None)
     async with machine.VirtualMachine(replace(cold, disk=disk, memory=plan.Memory(ram, shared=True))) as vm:
         for number, language in enumerate(languages):
             progress(f"warming up {language.name}", 0.82 + 0.1 * number / len(languages))
@@ -172,3 +184,4 @@ async def _freeze(
     async with machine.VirtualMachine(clone, thaw=sealed.frozen) as vm:  # which also shows that the template works
         await vm.channel.ping()
         await vm.monitor.snapshot_save(SNAPSHOT, plan.DISK, timeout=snapshots.TIMEOUT)
+    return sealed

@@ -89,6 +89,12 @@ class FrontDoor:
             "foreign_reverts": self._desk.reverts if self._desk else 0,
         }
 
+    def install(self, languages: Sequence[str]) -> None:
+        """Have the machine know other languages from the next request on."""
+        self._installed = languages
+        if self._desk:
+            self._desk.installed = languages
+
     def close(self) -> None:
         """Accept no more callers."""
         if self._relay:

@@ -69,6 +69,7 @@ class Image:
     languages: tuple[str, ...]
     root_size: int  # bytes of the virtual disk
     files: tuple[tuple[str, int, str], ...]  # name, size in bytes, sha256
+    build_s: float | None = None  # seconds that its build took; None for one of an earlier version
 
     @property
     def root(self) -> Path:
@@ -85,6 +86,11 @@ class Image:
         """The initramfs without the agent."""
         return self.directory / "boot.cpio"
 
+    @property
+    def size(self) -> int:
+        """Bytes that it takes on the host's disk."""
+        return sum(size for _name, size, _digest in self.files)
+
     @classmethod
     def load(cls, id_: str) -> Image:
         """Return the image `id_` after a look at its files' sizes.
@@ -96,7 +102,10 @@ class Image:
         try:
             manifest = json.loads((directory / "manifest.json").read_text("utf-8"))
             files = tuple((str(n), int(s), str(h)) for n, s, h in manifest["files"])
-            image = cls(id_, directory, tuple(map(str, manifest["languages"])), int(manifest["root_size"]), files)
+            build_s = None if manifest.get("build_s") is None else float(manifest["build_s"])
+            image = cls(
+                id_, directory, tuple(map(str, manifest["languages"])), int(manifest["root_size"]), files, build_s
+            )
         except FileNotFoundError:
             raise ImageError(f"there is no image {id_}", hint=again) from None
         except (OSError, ValueError, KeyError, TypeError) as exc:
@@ -214,6 +223,7 @@ def _alone(lock: Path) -> Iterator[None]:
 
 
 async def _build(recipe: Recipe, progress: Progress) -> Image:
+    begin = time.monotonic()
     free = shutil.disk_usage(paths.images()).free
     need = FREE_MIN + max(0, len(recipe.languages) - _LANGUAGES_FREE) * _LANGUAGE_ROOM
     if free < need:
@@ -239,6 +249,7 @@ async def _build(recipe: Recipe, progress: Progress) -> Image:
             "packages": recipe.packages,
             "root_size": root_size,
             "built": int(time.time()),
+            "build_s": round(time.monotonic() - begin, 1),
             "files": files,
         }
         (work / "manifest.json").write_text(json.dumps(manifest, indent=1), "utf-8")

@@ -10,19 +10,21 @@ import signal
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING
 
-from pbotvm_qemu import image, paths, plan, pool, process, service, snapshots, state, transports, ways
+from pbotvm_qemu import image, paths, plan, pool, process, request, service, snapshots, state, transports, ways
 from pbotvm_qemu.config import SNAPSHOT
 from pbotvm_qemu.control import ControlServer
 from pbotvm_qemu.errors import UsageError
 from pbotvm_qemu.frontdoor import FrontDoor
+from pbotvm_qemu.languages import Registry
 from pbotvm_qemu.pool import Pool
 from pbotvm_qemu.ports import Ports
 from pbotvm_qemu.sessions import Sessions
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Sequence
 
     from pbotvm_qemu.config import Config, MachineConfig
+    from pbotvm_qemu.guest.spec import RunSpec
 
 log = logging.getLogger(__name__)
 
@@ -61,15 +63,17 @@ class Keeper:
         loop = asyncio.get_running_loop()
         process.raise_descriptor_limit(_DESCRIPTORS)
         async with AsyncExitStack() as stack:
-            way = choose(record, self._config)
-            await stack.enter_async_context(state.keep(record.name, purpose=self._purpose, alone=way.single))
-            check(record)
+            single = choose(record, self._config).single
+            await stack.enter_async_context(state.keep(record.name, purpose=self._purpose, alone=single))
+            record = self._record = state.ready(record.name)  # its languages may have been changed until now
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, self._stop.set)
                 stack.callback(loop.remove_signal_handler, number)
-            pool = self._pool = await stack.enter_async_context(make_pool(way, self._config))
+            pool = self._pool = await stack.enter_async_context(
+                make_pool(choose(record, self._config), self._config, warm_up(record, self._config))
+            )
             self._sessions = await stack.enter_async_context(Sessions(pool, most=self._config.pool.sessions))
-            if not way.single:
+            if not single:
                 ports = today(record, self._config)
                 await stack.enter_async_context(Ports(pool, serial=ports.serial, health=ports.health))
             door = self._door = await stack.enter_async_context(
@@ -126,6 +130,7 @@ class Keeper:
         actions: dict[str, Callable[[], Awaitable[dict[str, object]]]] = {
             "status": lambda: self._status(pool),
             "stop": self._stop_now,
+            "use-languages": lambda: self._use_languages(pool),
             "snapshot-list": lambda: _named("snapshots", snapshots.found(pool)),
             "snapshot-create": lambda: _named("created", snapshots.create(pool, _tag(question))),
             "snapshot-delete": lambda: _named("deleted", snapshots.delete(pool, _tag(question))),
@@ -165,6 +170,17 @@ class Keeper:
 
     async def _fork_session(self, sessions: Sessions, question: dict[str, object]) -> dict[str, object]:
         return (await sessions.fork(_id(question))).to_json()
+
+    async def _use_languages(self, pool: Pool) -> dict[str, object]:
+        """Start clones from the template that a change of languages has made, from the next one on."""
+        assert self._door
+        record = state.ready(self._record.name)
+        pool.warm = warm_up(record, self._config)
+        pool.use(choose(record, self._config))
+        self._record = record
+        self._door.install(record.languages)
+        log.info("the machine has other languages now: %s", ", ".join(record.languages))
+        return {"languages": list(record.languages)}
 
     async def _stop_now(self) -> dict[str, object]:
         self._stop.set()
@@ -225,13 +241,36 @@ def today(record: state.MachineRecord, config: Config) -> MachineConfig:
 
 
 def choose(record: state.MachineRecord, config: Config) -> ways.Way:
-    """Return the way back to clean that `config` wants for `record`. Raises what `check` and `ways.choose` raise."""
+    """Return the way back to clean that `config` wants for the machine of `record`, with the languages it has by now.
+
+    Raises what `check` and `ways.choose` raise.
+    """
     wanted = config.pool
+    record = state.ready(record.name)
     return ways.choose(prepare(record, config), record.fingerprint, wanted.revert, shared=wanted.share_memory)
 
 
-def make_pool(way: ways.Way, config: Config) -> Pool:
-    """Return the pool that `config` wants, as large as this host carries."""
+def warm_up(record: state.MachineRecord, config: Config) -> list[tuple[RunSpec, list[bytes]]]:
+    """Return the samples of the languages that clones are to be warm in.
+
+    Raises UnknownLanguageError for one that is not known; one that the machine lacks is only logged.
+    """
+    if not config.pool.warm:
+        return []
+    registry = Registry.load(paths.user_languages())
+    wanted = [registry.find(name) for name in config.pool.warm]
+    for language in wanted:
+        if language.name not in record.languages:
+            log.warning("warm in [pool] names %s, which machine %s does not have", language.name, record.name)
+    return [
+        request.render(request.Request(code=language.sample_code), language, config.limits, stdin=False)
+        for language in wanted
+        if language.name in record.languages
+    ]
+
+
+def make_pool(way: ways.Way, config: Config, warm: Sequence[tuple[RunSpec, Sequence[bytes]]] = ()) -> Pool:
+    """Return the pool that `config` wants, as large as this host carries; its machines run `warm` before all else."""
     memory = way.plan.config.memory
     carried = pool.room(memory, process.memory_available())
     # More guests at once than that only make each other slow, until they reach their time limits.
@@ -246,4 +285,5 @@ def make_pool(way: ways.Way, config: Config) -> Pool:
         queue_wait=config.relay.queue_wait,
         watchdog=config.watchdog,
         no_revert=config.relay.no_revert,
+        warm=warm,
     )

@@ -119,14 +119,24 @@ def open_file(fd: int) -> Path:
 
 @dataclass(frozen=True, slots=True)
 class MachinePaths:
-    """The files of one machine."""
+    """The files of one machine.
+
+    What a change of languages replaces lies in `home`: the machine's own folder as `create` leaves it, or the folder
+    `build` in it.
+    """
 
     name: str
+    build: str = ""
 
     @property
     def directory(self) -> Path:
         """The machine's own folder, which `rm` removes."""
         return data_dir() / "machines" / self.name
+
+    @property
+    def home(self) -> Path:
+        """Where disk, initramfs and template are."""
+        return self.directory / self.build
 
     @property
     def record(self) -> Path:
@@ -136,17 +146,17 @@ class MachinePaths:
     @property
     def disk(self) -> Path:
         """The qcow2 overlay that holds the machine's changes and its snapshots."""
-        return self.directory / "disk.qcow2"
+        return self.home / "disk.qcow2"
 
     @property
     def initramfs(self) -> Path:
         """The initramfs with the guest agent."""
-        return self.directory / "initramfs.cpio"
+        return self.home / "initramfs.cpio"
 
     @property
     def template(self) -> Path:
         """The folder of the frozen machine that clones start from."""
-        return self.directory / "template"
+        return self.home / "template"
 
     @property
     def clones(self) -> Path:
@@ -182,6 +192,11 @@ class MachinePaths:
     def keeper_lock(self) -> Path:
         """Held by the one process that keeps this machine ready for others."""
         return runtime_dir() / "machines" / f"{self.name}.keeper.lock"
+
+    @property
+    def change_lock(self) -> Path:
+        """Held by the one process that makes, changes or removes this machine, while others may go on using it."""
+        return runtime_dir() / "machines" / f"{self.name}.change.lock"
 
     @property
     def process_record(self) -> Path:

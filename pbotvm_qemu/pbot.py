@@ -89,7 +89,7 @@ class Desk:
     ) -> None:
         self._settings = settings
         self._name = name
-        self._installed = installed
+        self.installed = installed
         self._pool = pool
         self._runs = runs
         self._guests: dict[Endpoint, pbot_guest.PBotGuest] = {}
@@ -152,7 +152,7 @@ class Desk:
 
     def _default_language(self, settings: Settings) -> str:
         chosen = settings.config.relay.language
-        return chosen or next((name for name in _DEFAULT_LANGUAGES if name in self._installed), "sh")
+        return chosen or next((name for name in _DEFAULT_LANGUAGES if name in self.installed), "sh")
 
     async def _carry_out(self, settings: Settings, request: requests.Request, code: str, record: RunRecord) -> str:
         machines = settings.config.endpoints
@@ -235,7 +235,7 @@ class Desk:
         if foreign:  # nobody knows what is installed there
             return sorted(settings.registry.languages)
         if name == self._name:
-            return self._installed
+            return self.installed
         with contextlib.suppress(StateError):
             return state.load(name).languages
         return sorted(settings.registry.languages)

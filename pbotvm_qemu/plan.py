@@ -146,7 +146,7 @@ class Plan:
     @classmethod
     def of(cls, record: MachineRecord, image: Image, *, loadvm: str | None) -> Self:
         """Return the plan that starts machine `record`, cold or from snapshot `loadvm`."""
-        machine = paths.MachinePaths(record.name)
+        machine = paths.MachinePaths(record.name, record.build)
         return cls(
             config=record.machine,
             uuid=record.uuid,
@@ -384,7 +384,7 @@ def _digest(data: bytes) -> str:
 def check_fingerprint(record: MachineRecord, image: Image) -> None:
     """Raise StateError that names the first thing that differs from when the snapshot of `record` was made."""
     again = f"run `pbotvm-qemu create --force {record.name}`"
-    initramfs = paths.MachinePaths(record.name).initramfs
+    initramfs = paths.MachinePaths(record.name, record.build).initramfs
     try:
         now = fingerprint(
             record.machine, image, record.qemu, record.accelerator, _digest(initramfs.read_bytes()),

@@ -14,7 +14,7 @@ import os
 import time
 from collections import Counter, deque
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Protocol, Self
 
 from pbotvm_qemu import process
 from pbotvm_qemu.config import WatchdogConfig
@@ -52,6 +52,7 @@ class Lease:
     """A machine that one caller has for himself until he gives it back."""
 
     machine: VirtualMachine
+    way: Way  # that it was started in
     number: int  # how many machines this pool had started before it, plus one
     clean: bool = False  # set by a caller who ran nothing on it
     out: bool = False  # whether somebody has it
@@ -63,6 +64,29 @@ class Lease:
     def clone(self) -> str:
         """What the machine is called in reports."""
         return f"{self.machine.name}/{self.number}"
+
+
+class Execute(Protocol):
+    """Runs a program, as VirtualMachine.execute does."""
+
+    async def __call__(
+        self, spec: RunSpec, content: Sequence[bytes], *, on_output: OnOutput, stdin: AsyncIterator[bytes] | None = None
+    ) -> Outcome:
+        """Return how it ended."""
+
+
+async def prove(execute: Execute, clone: str) -> None:
+    """Have a machine run a trifle, which shows that it works, and has its slow first steps behind it afterwards.
+
+    Raises GuestError when it does not work.
+    """
+    outcome = await execute(_PROOF, [], on_output=_ignore)
+    if outcome.status != 0:
+        raise GuestError(f"machine {clone} cannot run a program: {outcome.message or outcome.exit_code}")
+
+
+async def _ignore(_stream: Stream, _data: bytes) -> None:
+    pass
 
 
 def check_memory(memory: int) -> None:
@@ -84,7 +108,7 @@ class Pool:
     """Hands out clean machines. A context manager: leaving it ends them all.
 
     `size` machines are kept ready and unused, as long as not more than `most` live at once. `queue` requests may wait,
-    each up to `queue_wait` seconds.
+    each up to `queue_wait` seconds. A machine runs the programs `warm` before it is kept ready.
     """
 
     def __init__(
@@ -97,8 +121,10 @@ class Pool:
         queue_wait: float = 60.0,
         watchdog: WatchdogConfig | None = None,
         no_revert: bool = False,
+        warm: Sequence[tuple[RunSpec, Sequence[bytes]]] = (),
     ) -> None:
         self.way = way
+        self.warm = warm
         self._memory = way.plan.config.memory
         self._most = 1 if way.single else max(most, 1)
         self._size = 1 if way.single else min(size, self._most)
@@ -271,7 +297,7 @@ class Pool:
             revert=self.way.name,
         )
 
-    async def adopt(self, start: Callable[[], Awaitable[VirtualMachine]]) -> Lease:
+    async def adopt(self, way: Way, start: Callable[[], Awaitable[VirtualMachine]]) -> Lease:
         """Have `start` make one more machine, and return it handed out already: it counts as one of the pool's.
 
         Raises NeverRanError when no more may live, and whatever `start` raises.
@@ -285,10 +311,15 @@ class Pool:
             machine = await start()
         finally:
             self._starting -= 1
-        lease = self._enlist(machine)
+        lease = self._enlist(machine, way)
         lease.out = True
         self._spawn(self._look_after(lease))
         return lease
+
+    def use(self, way: Way) -> None:
+        """Start machines in another way from now on; those that somebody has go on as they are."""
+        self.way = way
+        self.replace_ready()
 
     def replace_ready(self) -> None:
         """End the machines that wait unused, and have new ones started."""
@@ -388,11 +419,11 @@ class Pool:
         self._hold = None
         self._refill()
 
-    def _enlist(self, machine: VirtualMachine) -> Lease:
+    def _enlist(self, machine: VirtualMachine, way: Way) -> Lease:
         self.starts += 1
         self._failures = 0
         self.problem = None
-        lease = Lease(machine, next(self._numbers))
+        lease = Lease(machine, way, next(self._numbers))
         self._alive.add(lease)
         return lease
 
@@ -400,7 +431,8 @@ class Pool:
         """One machine's life: started, used, ended."""
         try:
             async with self._starters:
-                lease = self._enlist(await self.way.start())
+                way = self.way
+                lease = self._enlist(await way.start(), way)
                 try:
                     await self._prepare(lease)
                 except BaseException:
@@ -414,6 +446,9 @@ class Pool:
             self._starting -= 1
             raise
         self._starting -= 1
+        if lease.way is not self.way:  # meanwhile
+            await self._end(lease)
+            return
         self._offer(lease)
         await self._look_after(lease)
 
@@ -422,12 +457,11 @@ class Pool:
         if len(self._turns):
             return
 
-        async def ignore(_stream: Stream, _data: bytes) -> None:
-            pass
-
-        outcome = await lease.machine.execute(_PROOF, [], on_output=ignore)
-        if outcome.status != 0:
-            raise GuestError(f"machine {lease.clone} cannot run a program: {outcome.message or outcome.exit_code}")
+        await prove(lease.machine.execute, lease.clone)
+        for spec, content in self.warm:
+            if len(self._turns):
+                return
+            await lease.machine.execute(spec, content, on_output=_ignore)
         # A single machine has serial lines, on which peers of PBot's want answers.
         if not len(self._turns) and not self.way.single:
             await lease.machine.sleep()
@@ -440,8 +474,10 @@ class Pool:
                 lease.returned.clear()
                 if not lease.clean and not self._no_revert:
                     self.reverts["run"] += 1
-                    if not await self.way.renew(lease.machine):
+                    if not await lease.way.renew(lease.machine):
                         break
+                if lease.way is not self.way:
+                    break
                 if not lease.asleep:
                     await self._prepare(lease)
                 self._offer(lease)

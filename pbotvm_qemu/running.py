@@ -47,7 +47,7 @@ async def execute(
     """
     record = state.ready(wanted.machine or config.machine.name)
     language = Registry.load(paths.user_languages(), only=wanted.language.lower()).find(
-        wanted.language, record.languages
+        wanted.language, record.languages, machine=record.name
     )
     spec, content = request.render(
         wanted, language, config.limits, stdin=stdin is not None, code=code, files=files, collect=collect
@@ -102,7 +102,7 @@ async def _alone(
         )
         await stack.enter_async_context(lock)
         queued = time.monotonic() - begin
-        if queued > _LONG_AGO:
+        if queued > _LONG_AGO or state.ready(record.name) != record:
             way = keeper.choose(record, config)  # whoever had the machine may have changed it
         pool.check_memory(way.plan.config.memory)
         vm = await way.start()

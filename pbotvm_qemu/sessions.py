@@ -146,9 +146,9 @@ class Session:
             self.saved.clear()
 
     async def _thaw(self, frozen: Frozen) -> Lease:
-        way = self._pool.way
+        way = self._lease.way
         assert isinstance(way, Clone)  # Sessions opens none on another way
-        return await self._pool.adopt(lambda: way.thaw_saved(frozen))
+        return await self._pool.adopt(way, lambda: way.thaw_saved(frozen))
 
     @asynccontextmanager
     async def _alone(self) -> AsyncIterator[None]:

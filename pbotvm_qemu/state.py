@@ -7,6 +7,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import shutil
 import time
 from dataclasses import asdict, dataclass
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
 
 _VERSION = 1
+_BUILD = re.compile(r"(build-[0-9a-f]{8})?")
 _POLL = 0.05  # seconds between two looks at a lock: flock has no deadline
 
 
@@ -37,6 +39,7 @@ class MachineRecord:
     accelerator: Literal["kvm", "tcg"]
     qemu: str  # path of the QEMU program
     fingerprint: dict[str, str]  # what must be the same for the snapshot to be used, by name
+    build: str = ""  # folder of disk and template in the machine's own; empty: that itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,8 +104,12 @@ def _parse(table: object, file: Path, name: str) -> MachineRecord:
             raise StateError(f"{file} is damaged: unknown state or accelerator", hint=again)
         if machine.name != name:
             raise StateError(f"{file} belongs to machine {machine.name!r}", hint=again)
+        build = str(table.get("build", ""))
+        if not _BUILD.fullmatch(build):
+            raise StateError(f"{file} is damaged: unknown build {build[:40]!r}", hint=again)
         return MachineRecord(
             name=name,
+            build=build,
             uuid=str(table["uuid"]),
             created=int(table["created"]),
             state=table["state"],
@@ -115,6 +122,52 @@ def _parse(table: object, file: Path, name: str) -> MachineRecord:
         )
     except (AssertionError, KeyError, TypeError, ValueError, AttributeError, ConfigError) as exc:
         raise StateError(f"{file} is damaged: {type(exc).__name__}: {exc}", hint=again) from exc
+
+
+def files(name: str) -> paths.MachinePaths:
+    """Return the files of machine `name` that are in use now; those of a new one when it has no readable record."""
+    with contextlib.suppress(StateError):
+        return paths.MachinePaths(name, load(name).build)
+    return paths.MachinePaths(name)
+
+
+def replaced(record: MachineRecord) -> list[Path]:
+    """Return the files and folders of machine `record` that a change of languages replaced, or never finished."""
+    directory = paths.MachinePaths(record.name).directory
+    found = [folder for folder in sorted(directory.glob("build-*")) if folder.name != record.build]
+    if record.build:
+        first = paths.MachinePaths(record.name)
+        found += [file for file in (first.template, first.disk, first.initramfs) if file.exists()]
+    return found
+
+
+def sweep(record: MachineRecord) -> list[Path]:
+    """Delete what `replaced` returns, and return what is still used and so was left.
+
+    The caller holds the machine by `changing`.
+    """
+    left = []
+    for file in replaced(record):
+        template = file / "template" if file.name.startswith("build-") else file
+        fd = _lock_folder(template) if template.is_dir() else None
+        if fd is None and template.is_dir():
+            left.append(file)
+            continue
+        shutil.rmtree(file, ignore_errors=True) if file.is_dir() else file.unlink(missing_ok=True)
+        if fd is not None:
+            os.close(fd)
+    return left
+
+
+def _lock_folder(folder: Path) -> int | None:
+    """Return a descriptor that holds `folder` alone, or None when somebody uses it."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        return None
+    return fd
 
 
 def names() -> list[str]:
@@ -143,6 +196,7 @@ def forget_lock(name: str) -> None:
     machine = paths.MachinePaths(config.machine_name(name))
     shutil.rmtree(machine.runtime, ignore_errors=True)
     machine.keeper_lock.unlink(missing_ok=True)
+    machine.change_lock.unlink(missing_ok=True)
     machine.lock.unlink(missing_ok=True)
 
 
@@ -203,6 +257,38 @@ async def share(name: str, *, wait: float = 0.0, on_wait: Callable[[str], None] 
     machine = paths.MachinePaths(config.machine_name(name))
     async with _held(machine.lock, name, shared=True, wait=wait, on_wait=on_wait):
         yield
+
+
+@contextlib.asynccontextmanager
+async def changing(name: str) -> AsyncIterator[None]:
+    """Be the one process that makes, changes or removes machine `name`, while others may go on using it.
+
+    Raises StateError that names who does so already.
+    """
+    machine = paths.MachinePaths(config.machine_name(name))
+    for folder in (paths.runtime_dir(), machine.change_lock.parent):
+        paths.private(folder, mode=0o711)
+    fd = _try_lock(machine.change_lock, shared=False)
+    if fd is None:
+        raise StateError(
+            f"machine {name!r} is being changed by {_lock_owner(machine.change_lock)}",
+            hint="wait for its end, or interrupt it",
+        )
+    try:
+        yield
+    finally:
+        os.close(fd)
+
+
+def in_transition() -> bool:
+    """Tell whether a machine is being made or changed, or still uses what was replaced: images that no record names."""
+    if any(_taken(file) for file in (paths.runtime_dir() / "machines").glob("*.change.lock")):
+        return True
+    for name in names():
+        with contextlib.suppress(StateError):
+            if replaced(load(name)):
+                return True
+    return False
 
 
 @contextlib.asynccontextmanager
@@ -276,6 +362,11 @@ def _holder(file: Path, name: str) -> str:
     """Return in words who holds the lock on `file`."""
     if holder := running(name):
         return f"`pbotvm-qemu {holder.purpose}` (pid {holder.keeper.pid})"
+    return _lock_owner(file)
+
+
+def _lock_owner(file: Path) -> str:
+    """Return in words which process holds the lock on `file`."""
     with contextlib.suppress(OSError):
         inode = str(file.stat().st_ino)
         for line in Path("/proc/locks").read_text("ascii").splitlines():  # proc_locks(5)
@@ -307,7 +398,11 @@ def orphans(name: str) -> list[process.Identity]:
 
 def held(name: str) -> bool:
     """Tell whether anybody has machine `name`, alone or with others."""
-    file = paths.MachinePaths(name).lock
+    return _taken(paths.MachinePaths(name).lock)
+
+
+def _taken(file: Path) -> bool:
+    """Tell whether anybody holds the lock on `file`."""
     try:
         fd = os.open(file, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:

@@ -17,10 +17,12 @@ message, so it is checked by name before use.
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import hashlib
 import json
 import os
 import tempfile
+import weakref
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING
 
@@ -114,24 +116,30 @@ class Template:
         for name, (size, modified, changed, _digest) in self.files.items():
             found = self._stat(name)
             if (found.st_size, found.st_mtime_ns, found.st_ctime_ns) != (size, modified, changed):
-                raise self._damaged(f"{self.directory / name} was changed")
+                raise self.damaged(f"{self.directory / name} was changed")
 
     def verify(self) -> None:
         """Compare every byte. Raises StateError for the first file that differs."""
         for name, (size, _modified, _changed, digest) in self.files.items():
             if self._stat(name).st_size != size or _sha256(self.directory / name) != digest:
-                raise self._damaged(f"{self.directory / name} is damaged: wrong content")
+                raise self.damaged(f"{self.directory / name} is damaged: wrong content")
 
     def _stat(self, name: str) -> os.stat_result:
         try:
             return (self.directory / name).stat()
         except OSError as exc:
-            raise self._damaged(f"{self.directory / name}: {exc.strerror}") from exc
+            raise self.damaged(f"{self.directory / name}: {exc.strerror}") from exc
 
-    def _damaged(self, what: str) -> StateError:
+    @property
+    def _machine(self) -> str:
+        home = self.directory.parent
+        return home.parent.name if home.name.startswith("build-") else home.name
+
+    def damaged(self, what: str) -> StateError:
+        """Return the error that says why this template cannot be used."""
         return StateError(
-            f"the template of machine {self.directory.parent.name!r} cannot be used: {what}",
-            hint=f"run `pbotvm-qemu create --force {self.directory.parent.name}`",
+            f"the template of machine {self._machine!r} cannot be used: {what}",
+            hint=f"run `pbotvm-qemu create --force {self._machine}`",
         )
 
 
@@ -192,14 +200,31 @@ def _take_back(file: Path, mode: int) -> None:
     file.chmod(mode)
 
 
+def use(owner: object, template: Template) -> None:
+    """Keep `template` from being deleted for as long as the object `owner` lives: a change of languages replaces it.
+
+    Raises StateError when it is gone already.
+    """
+    try:
+        fd = os.open(template.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as exc:
+        raise template.damaged(f"{template.directory}: {exc.strerror}") from exc
+    weakref.finalize(owner, os.close, fd)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise template.damaged("it was replaced just now") from None
+    template.check()
+
+
 def exists(name: str) -> bool:
     """Tell whether machine `name` was ever frozen."""
-    return (paths.MachinePaths(name).template / "template.json").exists()
+    return (state.files(name).template / "template.json").exists()
 
 
 def load(name: str) -> Template:
     """Return the template of machine `name`. Raises StateError when there is none or its description is damaged."""
-    directory = paths.MachinePaths(name).template
+    directory = state.files(name).template
     again = f"run `pbotvm-qemu create --force {name}`"
     try:
         table = json.loads((directory / "template.json").read_text("utf-8"))

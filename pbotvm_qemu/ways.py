@@ -58,6 +58,7 @@ class Clone:
     def __init__(self, plan: Plan, source: Template, *, why: str, shared: bool = True) -> None:
         self.plan = plan.restored(source.memory)
         self.why = why
+        template.use(self, source)
         self._template = source
         self._shared = shared
         self._numbers = itertools.count(1)

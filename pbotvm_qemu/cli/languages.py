@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pbotvm_qemu.cli.base import Json, Machine, app, complete_language, config_for, print_json, say, until_done
+from pbotvm_qemu.cli.base import (
+    Json,
+    Machine,
+    app,
+    complete_language,
+    config_for,
+    print_json,
+    progress,
+    say,
+    until_done,
+)
 from pbotvm_qemu.errors import OURS
+
+if TYPE_CHECKING:
+    from pbotvm_qemu.installing import Change
 
 languages = typer.Typer(help="Languages: what a machine has, how each is run, and whether it works.")
 app.add_typer(languages, name="languages")
@@ -70,6 +83,48 @@ def show_language(
             typer.echo(f"{key + ':':16} {shown}")
 
 
+Wanted = Annotated[list[str], typer.Argument(help="Languages or sets.", autocompletion=complete_language)]
+
+
+@languages.command(name="add")
+def add_languages(names: Wanted, *, vm: Machine = None, as_json: Json = False) -> None:
+    """Give a machine more languages: built and tried beside it while it goes on serving, then put in place."""
+    from pbotvm_qemu import installing
+
+    with progress() as on_progress:
+        change = until_done(installing.add(config_for(vm), ",".join(names), on_progress))
+    _show_change(change, as_json=as_json)
+
+
+@languages.command(name="remove")
+def remove_languages(names: Wanted, *, vm: Machine = None, as_json: Json = False) -> None:
+    """Take languages away from a machine, which goes on serving meanwhile."""
+    from pbotvm_qemu import installing
+
+    with progress() as on_progress:
+        change = until_done(installing.remove(config_for(vm), names, on_progress))
+    _show_change(change, as_json=as_json)
+
+
+def _show_change(change: Change, *, as_json: bool) -> None:
+    from pbotvm_qemu import commands
+
+    name = change.record.name
+    if as_json:
+        more = {"added": change.added, "removed": change.removed, "seconds": change.seconds, "kept": change.kept,
+                "left": change.left, "remark": change.remark}  # fmt: skip
+        print_json(commands.summary(name) | more)
+        return
+    what = f"has {', '.join(change.added)} now" if change.added else f"is without {', '.join(change.removed)} now"
+    say(f"machine {name} {what}, after {change.seconds:.0f} s; {commands.image_text(change.image)}")
+    if change.kept:
+        say("the running machine uses the new template from its next clone on")
+    if change.remark:
+        say(f"{change.remark}\nhint: pbotvm-qemu stop {name} && pbotvm-qemu start {name}")
+    if change.left:
+        say("sessions still use the old template; `pbotvm-qemu prune` removes it after their end")
+
+
 @languages.command(name="test")
 def try_languages(
     names: Annotated[
@@ -78,6 +133,7 @@ def try_languages(
     ] = None,
     *,
     vm: Machine = None,
+    jobs: Annotated[int, typer.Option(min=1, max=64, help="Languages to try at once.")] = 1,
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Run the samples of languages in a real guest, and print a table of what works."""
@@ -92,10 +148,11 @@ def try_languages(
             config,
             wanted,
             lambda name, result: say(f"{name}, {result.row}: {result.verdict} {result.detail}".rstrip()),
+            jobs=jobs,
         )
     )
     if as_json:
-        print_json({"languages": [asdict(report) for report in reports]})
+        print_json({"languages": [asdict(report) | {"ratio": report.ratio} for report in reports]})
     else:
         for line in trial.table(reports):
             typer.echo(line)

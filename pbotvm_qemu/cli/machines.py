@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sys
+import time
 from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
@@ -66,7 +67,7 @@ def create(
     as_json: Json = False,
 ) -> None:
     """Build the image, boot, warm up every language, and take the clean snapshot."""
-    from pbotvm_qemu import commands, creation, state
+    from pbotvm_qemu import commands, creation, image
 
     config = config_for(name, machine_memory=memory, machine_cpus=cpus, machine_disk_size=disk_size, machine_net=net)
     wanted = config.machine.name
@@ -74,10 +75,13 @@ def create(
         say(f"machine {wanted} exists already")
         return
     with progress() as on_progress:
+        begin = time.monotonic()
         record = until_done(creation.create(config, languages, on_progress, force=force))
+        seconds = time.monotonic() - begin
     if as_json:
-        print_json(commands.summary(state.ready(record.name).name))
+        print_json(commands.summary(record.name) | {"seconds": round(seconds, 1)})
     else:
+        say(f"{commands.image_text(image.Image.load(record.image))}; the machine was made in {seconds:.0f} s")
         say(f"machine {record.name} is ready; try: pbotvm-qemu exec -lang=sh echo hello world")
 
 
@@ -97,8 +101,9 @@ def list_machines(*, as_json: Json = False) -> None:
             typer.echo(f"{item['name']:20} damaged  {item['problem']}")
         else:
             memory = config.format_size(int(str(item["memory"])))
+            size = config.format_size(int(str(item["image_bytes"]))) if item["image_bytes"] else "?"
             typer.echo(
-                f"{item['name']:20} {item['state']:8} {item['accelerator']}  {memory:>5}  {item['cpus']} cpu  "
+                f"{item['name']:20} {item['state']:8} {item['accelerator']}  {memory:>5}  {item['cpus']} cpu  image {size:>7}  "
                 f"ports {item['serial']} {item['health']}  {' '.join(item['languages'])}"  # type: ignore[arg-type]
             )
 

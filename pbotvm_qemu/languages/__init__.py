@@ -71,8 +71,10 @@ class Registry:
                 problems[name] = exc
         return cls(languages, problems)
 
-    def find(self, name: str, installed: Iterable[str] | None = None) -> Language:
+    def find(self, name: str, installed: Iterable[str] | None = None, *, machine: str = "") -> Language:
         """Return the language called `name`, in any case, by name or alias.
+
+        `machine` is the one with the `installed` languages, for the hint to an operator.
 
         Raises UnknownLanguageError, with the predecessor's words and a list, when it is not known or not among
         `installed`; ConfigError when its file was refused.
@@ -83,9 +85,10 @@ class Registry:
         language = self.languages.get(wanted) or self._aliases.get(wanted)
         available = sorted(self.languages if installed is None else installed)
         if language is None or language.name not in available:
-            raise UnknownLanguageError(
-                f"Language '{name[:64]}' is not supported.", hint=f"Supported languages are: {', '.join(available)}"
-            )
+            hint = f"Supported languages are: {', '.join(available)}"
+            if machine and language is not None:
+                hint = language.absent or f"add it with `pbotvm-qemu languages add {language.name} --vm {machine}`"
+            raise UnknownLanguageError(f"Language '{name[:64]}' is not supported.", hint=hint)
         return language
 
     def select(self, text: str) -> tuple[Language, ...]:

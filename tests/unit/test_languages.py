@@ -80,6 +80,20 @@ def test_unknown_language_is_told_in_the_words_of_the_predecessor() -> None:
     assert caught.value.exit_code == 2
 
 
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("py", "add it with `pbotvm-qemu languages add python3 --vm m`"),
+        ("qbasic", "Debian has no package of the FreeBASIC compiler (fbc)"),
+        ("klingon", "Supported languages are: bash, sh"),
+    ],
+)
+def test_an_operator_is_told_how_to_add_what_a_machine_lacks(name: str, hint: str) -> None:
+    with pytest.raises(UnknownLanguageError) as caught:
+        REGISTRY.find(name, ["sh", "bash"], machine="m")
+    assert caught.value.hint == hint
+
+
 def test_language_that_is_not_installed_is_not_supported() -> None:
     with pytest.raises(UnknownLanguageError, match="'perl' is not supported"):
         REGISTRY.find("perl", ["sh"])

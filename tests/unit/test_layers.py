@@ -36,6 +36,7 @@ ROWS = (
     {"trial"},
     {"network_commands"},
     {"commands", "creation", "running"},
+    {"installing"},
     {"bench", "bench_net", "doctor", "plot", "api", "top"},
     {"cli"},
     {"__main__"},

@@ -339,10 +339,10 @@ async def test_an_adopted_machine_counts_and_may_be_refused() -> None:
     way = Way()
     async with running(way, size=1, most=2) as pool:
         await pool.ready()
-        lease = await pool.adopt(way.start)  # type: ignore[arg-type]
+        lease = await pool.adopt(way, way.start)  # type: ignore[arg-type]
         assert pool.status()["busy"] == 1
         with pytest.raises(NeverRanError, match="2 machines live already"):
-            await pool.adopt(way.start)  # type: ignore[arg-type]
+            await pool.adopt(way, way.start)  # type: ignore[arg-type]
         pool.give_back(lease)
 
 
@@ -376,3 +376,42 @@ async def test_a_machine_that_falls_sick_in_the_pool_is_replaced_and_counted_by_
         assert pool.status()["reverts"] == {"agent-silent": 1}
         async with pool.lease() as lease:
             assert lease.number == 2
+
+
+def way_of(lease: pools.Lease) -> object:
+    return lease.way
+
+
+async def test_another_way_is_taken_from_the_next_machine_on() -> None:
+    old, new = Way(), Way()
+    async with running(old, size=1, most=3) as pool:
+        await pool.ready()
+        async with pool.lease() as lease:
+            pool.use(new)  # type: ignore[arg-type]
+            await settle(pool, ready=1)
+            assert lease.machine.alive
+            assert way_of(lease) is old
+            async with pool.lease() as second:
+                assert way_of(second) is new
+        while old.live:
+            await asyncio.sleep(0.001)
+    assert new.live == 0
+
+
+async def test_a_machine_that_is_started_while_the_way_changes_is_not_handed_out() -> None:
+    old, new = Way(), Way()
+    old.gate = asyncio.Event()
+    async with running(old, size=1, most=2) as pool:
+        pool.use(new)  # type: ignore[arg-type]
+        old.gate.set()
+        async with pool.lease() as lease:
+            assert way_of(lease) is new
+        while old.live:
+            await asyncio.sleep(0.001)
+
+
+async def test_a_machine_runs_what_it_is_to_be_warm_in_before_it_is_kept_ready() -> None:
+    way = Way()
+    async with running(way, size=1, most=1, warm=[(pools._PROOF, []), (pools._PROOF, [])]) as pool:
+        await pool.ready()
+        assert (way.made[0].proofs, way.made[0].asleep) == (3, True)

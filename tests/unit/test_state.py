@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
 import os
 import subprocess
@@ -232,3 +233,64 @@ def test_damaged_process_record_is_nobody(text: str) -> None:
     paths.private(paths.MachinePaths("m").runtime)
     paths.MachinePaths("m").process_record.write_text(text)
     assert state.get_process("m") is None
+
+
+def make_home(build: str) -> Path:
+    """Make the folder of a template, current or not."""
+    files = paths.MachinePaths("m", build)
+    files.template.mkdir(parents=True)
+    for file in (files.disk, files.initramfs, files.template / "template.json"):
+        file.write_text("x")
+    return files.home
+
+
+async def test_what_a_change_of_languages_replaced_is_found_and_deleted() -> None:
+    first, old, new = make_home(""), make_home("build-00000001"), make_home("build-00000002")
+    state.save(replace(RECORD, build="build-00000002"))
+    assert state.files("m").home == new
+    record = state.load("m")
+    assert set(state.replaced(record)) == {old, first / "template", first / "disk.qcow2", first / "initramfs.cpio"}
+    assert state.sweep(record) == []
+    assert sorted(item.name for item in first.iterdir()) == ["build-00000002", "machine.json"]
+    assert (new / "template/template.json").exists()
+
+
+async def test_a_machine_as_it_was_created_has_replaced_nothing() -> None:
+    home, unfinished = make_home(""), make_home("build-00000001")
+    state.save(RECORD)
+    assert state.replaced(RECORD) == [unfinished]
+    assert state.in_transition()
+    assert state.sweep(RECORD) == []
+    assert not state.in_transition()
+    assert (home / "template/template.json").exists()
+
+
+async def test_a_template_that_somebody_clones_is_not_deleted() -> None:
+    old = make_home("build-00000001")
+    make_home("build-00000002")
+    record = replace(RECORD, build="build-00000002")
+    state.save(record)
+    fd = os.open(old / "template", os.O_RDONLY)
+    fcntl.flock(fd, fcntl.LOCK_SH)
+    assert state.sweep(record) == [old]
+    assert old.exists()
+    os.close(fd)
+    assert state.sweep(record) == []
+    assert not old.exists()
+
+
+@pytest.mark.parametrize("build", ["..", "build-../../x", "build-0000000g", "template", "/etc", 7])
+def test_a_record_cannot_name_a_folder_elsewhere(build: object) -> None:
+    state.save(RECORD)
+    paths.MachinePaths("m").record.write_text(changed(build=build))
+    with pytest.raises(StateError, match="unknown build"):
+        state.load("m")
+
+
+async def test_one_at_a_time_changes_a_machine_while_others_use_it() -> None:
+    async with state.changing("m"), state.share("m"):
+        assert state.in_transition()
+        with pytest.raises(StateError, match=f"being changed by process {os.getpid()}"):
+            async with state.changing("m"):
+                pytest.fail("two change it")
+    assert not state.in_transition()

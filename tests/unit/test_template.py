@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from pbotvm_qemu import paths, process, template
+from pbotvm_qemu import paths, process, state, template
+from pbotvm_qemu.config import MachineConfig
 from pbotvm_qemu.errors import HostError, StateError
 
 FINGERPRINT = {"QEMU program": "q", "memory": "1"}
@@ -125,3 +126,20 @@ async def test_memory_of_nothing_but_holes_is_copied(sealed: template.Template) 
     os.truncate(sealed.directory / "ram", 1 << 20)
     with template.private_memory(sealed) as copy:
         assert paths.open_file(copy.fileno()).read_bytes() == bytes(1 << 20)
+
+
+async def test_a_template_is_held_as_long_as_its_user_lives(sealed: template.Template) -> None:
+    class User:
+        pass
+
+    user = User()
+    template.use(user, sealed)
+    record = state.MachineRecord(
+        name="m", uuid="u", created=1, state="ready", machine=MachineConfig(name="m"), image="i", languages=("sh",),
+        accelerator="tcg", qemu="/qemu", fingerprint={}, build="build-00000001",
+    )  # fmt: skip
+    assert state.sweep(record) == [sealed.directory]
+    del user
+    assert state.sweep(record) == []
+    with pytest.raises(StateError, match="cannot be used"):
+        template.use(User(), sealed)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from pbotvm_qemu import (
     __version__,
     accel,
+    bench_transports,
     commands,
     control,
     creation,
@@ -86,7 +87,7 @@ async def measure(
     snapshot called 1 to compare with. The machine must be stopped. Raises StateError otherwise.
     """
     record = state.ready(config.machine.name)
-    samples: Samples = {name: [] for name in _FIGURES}
+    samples: Samples = {name: [] for name in _FIGURES | bench_transports.FIGURES}
     async with state.lock(record.name, purpose="bench"):
         warm = keeper.prepare(record, config)
         source = template.matching(record.name, record.fingerprint)
@@ -96,6 +97,7 @@ async def measure(
         await _clones(way, samples, rounds, say)
         await _pool(way, samples, rounds, say)
         await _inside(way, samples, rounds, say)
+        await bench_transports.measure(config, record, samples, say)
         await _loadvms(warm, samples, min(rounds, 5), say)
         await _bursts(way, samples, say)
     await _commands(config, samples, rounds, say)
@@ -103,7 +105,7 @@ async def measure(
         await _growth(config, record, samples, rounds, say)
     if domain:
         await _virsh(domain, samples, min(rounds, 5), say)
-    about = _FIGURES | _GROWTH | _VIRSH
+    about = _FIGURES | bench_transports.FIGURES | _GROWTH | _VIRSH
     return {
         "host": await _host(record),
         "figures": {name: _figure(*about[name], values) for name, values in samples.items()},

@@ -389,6 +389,8 @@ async def _prune_crash(name: str, *, dry_run: bool) -> list[Leftover]:
         found.append(Leftover("record", f"{files.process_record} of process {left.keeper.pid}, which is gone"))
     if lost := [qemu.pid for qemu in state.orphans(name)] if not state.held(name) else []:
         found += [Leftover("process", f"QEMU {pid} of machine {name}") for pid in lost]
+    if not state.held(name):
+        found += [Leftover("sockets", str(folder)) for folder in state.sockets(name)]
     gone = not files.directory.exists()
     unfinished = not gone and summary(name)["state"] == "creating"
     if unfinished:

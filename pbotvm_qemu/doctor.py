@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from pbotvm_qemu import accel, image, netprobe, paths, plan, process, qmp, state, template
+from pbotvm_qemu import accel, image, netprobe, paths, plan, process, qmp, state, template, transports, vhost_user
 from pbotvm_qemu.config import LOOPBACK, format_size
-from pbotvm_qemu.errors import HostError, ImageError, LaunchError, MonitorError, PbotVMError, tail
+from pbotvm_qemu.errors import HostError, ImageError, LaunchError, MonitorError, PbotVMError, StateError, tail
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -91,6 +91,8 @@ async def examine(config: Config, *, kernel: Path | None = None) -> tuple[Check,
         _guarded("kvm", lambda: _kvm(qemu, kernel)),
         _guarded("qemu", lambda: _qemu(qemu)),
         _guarded("vhost-vsock", lambda: _vsock(config)),
+        _guarded("vhost-user-vsock", lambda: _vhost_user(config)),
+        _guarded("serial", lambda: _serial(config)),
         _guarded("network", _network),
         _guarded("image-tools", _image_tools),
         _guarded("setpriv", _setpriv),
@@ -299,7 +301,52 @@ async def _vsock(config: Config) -> list[Check]:
         denied = exc.errno in (errno.EACCES, errno.EPERM)
         hint = f"setfacl -m u:$USER:rw {_VSOCK}" if denied else "modprobe vhost_vsock"
         return [Check(name, "warn", f"{_VSOCK}: {exc.strerror}; virtio-serial carries everything", hint)]
+    record = _record(config)
+    if record and record.fingerprint.get("vsock") != "yes":
+        detail = f"{_VSOCK} can be opened, but machine {record.name!r} was made without it"
+        return [Check(name, "warn", f"{detail}; virtio-serial carries everything", _again(record))]
     return [Check(name, "ok", f"{_VSOCK} can be opened")]
+
+
+async def _vhost_user(config: Config) -> list[Check]:
+    """Tell whether the vsock of a daemon could be used; nobody needs it."""
+    name = transports.DAEMON
+    if not config.machine.vport:
+        return [Check(name, "ok", "not wanted (vport is 0)")]
+    try:
+        program = vhost_user.find()
+    except HostError as exc:
+        return [Check(name, "ok", f"not there, and not needed: {exc}", exc.hint)]
+    record = _record(config)
+    if record and not record.machine.vport:
+        return [Check(name, "warn", f"{program}, but machine {record.name!r} has no slot for it", _again(record))]
+    if config.pool.revert == "loadvm" or (config.pool.revert in ("auto", "clone") and config.pool.share_memory):
+        detail = f"{program}, but not for clones that share their memory, nor with --revert loadvm"
+        return [Check(name, "ok", detail, f"pbotvm-qemu start --revert restart --transport {name}")]
+    return [Check(name, "ok", f"{program}; --transport {name} uses it")]
+
+
+async def _serial(config: Config) -> list[Check]:
+    """Tell what needs nothing of the host; qemu-features says whether QEMU has the devices."""
+    wanted = config.pool.transport
+    used = {name: "; chosen by configuration" if wanted == name else "" for name in ("virtio-serial", "isa-serial")}
+    if config.machine.serial:
+        line = Check("isa-serial", "ok", f"the third serial line; slow{used['isa-serial']}")
+    else:
+        line = Check("isa-serial", "ok", "only for clones: there is no TCP port for it (serial is 0)")
+    return [Check("virtio-serial", "ok", f"every guest has it{used['virtio-serial']}"), line]
+
+
+def _record(config: Config) -> state.MachineRecord | None:
+    """Return the machine that the configuration names, when there is one."""
+    try:
+        return state.load(config.machine.name)
+    except StateError:
+        return None
+
+
+def _again(record: state.MachineRecord) -> str:
+    return f"pbotvm-qemu create --force {record.name}"
 
 
 async def _network() -> list[Check]:

@@ -75,7 +75,9 @@ class Keeper:
             self._sessions = await stack.enter_async_context(Sessions(pool, most=self._config.pool.sessions))
             if not single:
                 ports = today(record, self._config)
-                await stack.enter_async_context(Ports(pool, serial=ports.serial, health=ports.health))
+                ours = self._config.pool.transport == transports.IsaSerial.name  # then the line is our own
+                serial = 0 if ours else ports.serial
+                await stack.enter_async_context(Ports(pool, serial=serial, health=ports.health))
             door = self._door = await stack.enter_async_context(
                 FrontDoor(
                     self._config, self._load, name=record.name, installed=record.languages, pool=pool,

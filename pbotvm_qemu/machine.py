@@ -290,7 +290,8 @@ class VirtualMachine:
         plan = self.plan
         assert self._port
         ways: list[transports.Transport] = []
-        if plan.vsock:
+        cold = plan.boot and not plan.loadvm  # nobody listens there before the guest is up, and its port tells when
+        if plan.vsock and not cold:
             ways.append(transports.Vsock(self._cid, plan.config.vport))
         ways.append(transports.VirtioSerial(self._port))
         if self._daemon:

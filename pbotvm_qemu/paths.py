@@ -117,6 +117,9 @@ def open_file(fd: int) -> Path:
     return Path(f"/proc/self/fd/{fd}")
 
 
+DAEMON_FOLDERS = "vsock-*"  # in a machine's runtime folder, one for each vsock daemon
+
+
 @dataclass(frozen=True, slots=True)
 class MachinePaths:
     """The files of one machine.

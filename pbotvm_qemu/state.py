@@ -420,3 +420,10 @@ def end_orphans(name: str) -> None:
     """Kill the QEMUs of holders that are gone. The caller holds the lock alone."""
     for orphan in orphans(name):
         orphan.kill()
+    for folder in sockets(name):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def sockets(name: str) -> list[Path]:
+    """Return the folders in which vsock daemons of machine `name` listen, or listened."""
+    return sorted(paths.MachinePaths(name).runtime.glob(paths.DAEMON_FOLDERS))

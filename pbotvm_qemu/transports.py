@@ -65,13 +65,13 @@ class VirtioSerial:
 class IsaSerial:
     """The third serial line: the stream of a clone, or a TCP port that QEMU listens on.
 
-    PBot's peers use the same line: an empty line ends whatever they left half said, and a frame begins our talk.
+    PBot's peers use the same line: two line feeds end whatever they left half said, and a frame begins our talk.
     """
 
     name: Name = "isa-serial"
     connects = False
     patience = FALL_BACK
-    prelude = b"\n"
+    prelude = b"\n\n"
 
     def __init__(self, line: socket.socket | tuple[str, int]) -> None:
         self._line = line

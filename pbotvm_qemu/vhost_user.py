@@ -58,7 +58,7 @@ class Daemon:
     async def __aenter__(self) -> Self:
         program = find()
         parent = paths.private(paths.MachinePaths(self._machine).runtime, mode=0o711)
-        self._folder = Path(tempfile.mkdtemp(prefix="vsock-", dir=parent))
+        self._folder = Path(tempfile.mkdtemp(prefix=paths.DAEMON_FOLDERS.rstrip("*"), dir=parent))
         template.own(self._folder)
         try:
             argv = [*plan.unprivileged(), program, "--guest-cid", str(_CID)]

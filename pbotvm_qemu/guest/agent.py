@@ -37,19 +37,21 @@ class Agent:
         """How many programs run for hosts that speak the native protocol."""
         return sum(len(peer.runs) for peer in self._peers)
 
-    def serve(self, fd: int, transport: str, *, first: bytes = b"", on_end: Callable[[], None] | None = None) -> Peer:
+    def serve(
+        self, fd: int, transport: str, *, first: bytes = b"", on_end: Callable[[bytes], None] | None = None
+    ) -> Peer:
         """Talk frames on `fd`; `first` was read from it already.
 
         With `on_end` the conversation ends when the stream does, or when framing is lost; without it the stream is a
         port that stays, on which a host may come back.
         """
-        ended: Callable[[], None] | None = None
+        ended: Callable[[bytes], None] | None = None
         if on_end:
             back = on_end
 
-            def ended() -> None:
+            def ended(rest: bytes) -> None:
                 self._peers.discard(peer)
-                back()
+                back(rest)
 
         # Runs on other streams may have the same ids, and get folders of their own.
         prefix = f"{next(self._numbers)}-" if on_end else ""
@@ -62,12 +64,15 @@ class Agent:
 class Peer:
     """One host's conversation: `hello`, `resume`, `ping`, and any number of runs at once up to RUNS_MAX."""
 
-    def __init__(self, agent: Agent, fd: int, transport: str, prefix: str, on_end: Callable[[], None] | None) -> None:
+    def __init__(
+        self, agent: Agent, fd: int, transport: str, prefix: str, on_end: Callable[[bytes], None] | None
+    ) -> None:
         self._agent = agent
         self._loop = agent.loop
         self._transport = transport
         self._prefix = prefix
         self._nonce = ""
+        self._turns = itertools.count()
         self.runs: dict[int, Run] = {}
         self._port = Port(agent.loop, fd, on_frame=self._frame, on_room=self._room, on_lost=self._lost, on_end=on_end)
 
@@ -197,7 +202,10 @@ class Peer:
         self.runs.pop(id_, None)
 
     def _room(self) -> None:
-        for run in list(self.runs.values()):
+        """Let the runs go on, each time another one first: the first one may fill the port again."""
+        runs = list(self.runs.values())
+        first = next(self._turns) % max(len(runs), 1)
+        for run in runs[first:] + runs[:first]:
             run.resume()
 
     def _lost(self, why: str) -> None:

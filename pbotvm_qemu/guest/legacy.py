@@ -37,7 +37,6 @@ _CPU = 8  # seconds
 _FILE = 2000  # KiB
 _PROCESSES = 200
 _OUTPUT = 1 << 20  # bytes
-_FRAME = bytes([wire.MAGIC])
 _BUILD_FILE = 256 << 20  # bytes that a compiler may write
 _CORE_FILE = 64 << 20  # bytes that a program may write which may leave a core file
 
@@ -58,9 +57,9 @@ _NO_PROGRAM = ("--version", "--analyze")
 
 
 class OnNative(Protocol):
-    """Takes over a descriptor from which `first` was read, and calls `on_end` when it has no more use for it."""
+    """Takes over a descriptor from which `first` was read, and calls `on_end`, with what was no frame, when it ends."""
 
-    def __call__(self, fd: int, transport: str, *, first: bytes, on_end: Callable[[], None]) -> object:
+    def __call__(self, fd: int, transport: str, *, first: bytes, on_end: Callable[[bytes], None]) -> object:
         """Begin."""
 
 
@@ -328,16 +327,24 @@ class Conversation:
         if not data:
             self._hang_up()
             return
-        if not (self._line or self._block or self._busy or self._requests):
-            data = data.lstrip(b"\r\n")
-            if data[:1] == _FRAME:
-                self._hand_over(data)
+        self.take(data)
+
+    def take(self, data: bytes) -> None:
+        """Take what the peer has sent: lines, or frames where a request would begin."""
+        start = 0
+        while start < len(data):
+            if not self._line:
+                self._next()
+            if not (self._line or self._block or self._busy or self._requests) and data[start] == wire.MAGIC:
+                self._hand_over(data[start:])
                 return
-        first, *others = data.replace(b"\r", b"").split(b"\n")
-        self._line += first
-        for piece in others:
+            end = data.find(b"\n", start)
+            self._line += data[start : end if end >= 0 else len(data)].replace(b"\r", b"")
+            if end < 0:
+                break
             self._take(bytes(self._line))
-            self._line = bytearray(piece)
+            self._line.clear()
+            start = end + 1
         if len(self._block) + len(self._line) > REQUEST_MAX:
             self._too_long = True
             self._block.clear()
@@ -348,10 +355,14 @@ class Conversation:
         """Leave the stream to frames. A serial line comes back when they end, a connection is over then."""
         self._server.loop.watch(self._fd, 0, self._ready)
         if self._on_close:
-            self._server.on_native(self._fd, "vsock", first=data, on_end=self._close)
+            self._server.on_native(self._fd, "vsock", first=data, on_end=lambda _rest: self._close())
         else:
-            again = lambda: self._server.loop.watch(self._fd, READ, self._ready)  # noqa: E731
-            self._server.on_native(self._fd, "isa-serial", first=data, on_end=again)
+            self._server.on_native(self._fd, "isa-serial", first=data, on_end=self._take_back)
+
+    def _take_back(self, rest: bytes) -> None:
+        """Go on with text on a serial line: `rest` is what was no frame."""
+        self._server.loop.watch(self._fd, READ, self._ready)
+        self.take(rest)
 
     def _take(self, line: bytes) -> None:
         """Take one line; the one that ends a request completes it."""

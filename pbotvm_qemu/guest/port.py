@@ -25,7 +25,7 @@ class Port:
 
     `on_frame` gets every frame; `on_room` is called when data may be added again; `on_lost` when the stream cannot be
     used any more: the host went away, or framing was lost. After that, the port looks again whether a host is there; one
-    with `on_end` is given up instead, and that is called: it may close the descriptor, or use it otherwise.
+    with `on_end` is given up instead, and that is called with what was no frame: it may close the descriptor, or use it otherwise.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class Port:
         on_frame: Callable[[wire.Frame], None],
         on_room: Callable[[], None],
         on_lost: Callable[[str], None],
-        on_end: Callable[[], None] | None = None,
+        on_end: Callable[[bytes], None] | None = None,
     ) -> None:
         self._loop = loop
         self._fd = fd
@@ -145,7 +145,7 @@ class Port:
 
         A port without a host reports "hung up" for ever, so it is not watched meanwhile.
         """
-        self._decoder = wire.Decoder()
+        rest, self._decoder = self._decoder.rest, wire.Decoder()
         self._urgent.clear()
         self._queue.clear()
         self._partial = None
@@ -156,7 +156,7 @@ class Port:
         if self._on_end:
             self._ended = True
             self._on_lost(why)
-            self._on_end()
+            self._on_end(rest)
             return
         self._loop.after(_ABSENT, lambda: self._watch(READ))
         if not self._absent:  # said once, not ten times a second

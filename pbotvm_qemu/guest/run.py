@@ -455,7 +455,7 @@ class Run:
 
     def _silent(self) -> None:
         """No output came for a while."""
-        if self._keep and self._paused:  # because the host does not take it
+        if self._paused:  # because the host does not take it, which has deadlines of its own
             self._wait_for_output()
         else:
             self._drained()

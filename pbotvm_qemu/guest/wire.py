@@ -139,6 +139,11 @@ class Decoder:
         """Whether no part of a frame is waiting."""
         return not self._buffer
 
+    @property
+    def rest(self) -> bytes:
+        """The bytes that belong to no frame yet; after a WireError, those where framing was lost."""
+        return bytes(self._buffer)
+
     def feed(self, data: bytes) -> list[Frame]:
         """Return the frames that `data` completes.
 
@@ -153,6 +158,8 @@ class Decoder:
         end = len(buffer)
         while end - start >= HEADER.size:
             magic, type_, id_, length = HEADER.unpack_from(buffer, start)
+            if magic != MAGIC or length > PAYLOAD_MAX:
+                del buffer[:start]
             if magic != MAGIC:
                 raise WireError(f"framing lost: byte 0x{magic:02x} where a frame should begin")
             if length > PAYLOAD_MAX:

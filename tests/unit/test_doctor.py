@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pbotvm_qemu import accel, doctor, netprobe, paths, process
-from pbotvm_qemu.config import LOOPBACK, Config, MachineConfig, RelayConfig
+from pbotvm_qemu.config import LOOPBACK, Config, MachineConfig, PoolConfig, RelayConfig
 from pbotvm_qemu.doctor import Features
 from pbotvm_qemu.errors import CommandError, HostError, LaunchError, MonitorError
 
@@ -349,14 +349,18 @@ async def test_network_problems_only_warn(monkeypatch: pytest.MonkeyPatch) -> No
 
 # all of it ----------------------------------------------------------------------------------------------------------
 
-NAMES = ["cpu", "kvm", "qemu", "qemu-features", "vhost-vsock", "tun", "bridge", "nftables", "bridge-helper",
-         "user-network", "image-tools", "setpriv", "privileges", "images", "templates", "disk", "memory", "ports"]  # fmt: skip
+NAMES = ["cpu", "kvm", "qemu", "qemu-features", "vhost-vsock", "vhost-user-vsock", "virtio-serial", "isa-serial",
+         "tun", "bridge", "nftables", "bridge-helper", "user-network", "image-tools", "setpriv", "privileges", "images",
+         "templates", "disk", "memory", "ports"]  # fmt: skip
 
 
 @pytest.fixture
 def made_up_host(qemu: FakeQemu, monkeypatch: pytest.MonkeyPatch) -> FakeQemu:
     async def capabilities() -> tuple[netprobe.Capability, ...]:
-        return tuple(netprobe.Capability(name, ok=True, why="") for name in NAMES[5:10])
+        return tuple(
+            netprobe.Capability(name, ok=True, why="")
+            for name in NAMES[NAMES.index("tun") : NAMES.index("image-tools")]
+        )
 
     monkeypatch.setattr(netprobe, "capabilities", capabilities)
     monkeypatch.setenv("PATH", str(qemu.folder), prepend=os.pathsep)
@@ -401,3 +405,28 @@ async def test_a_check_that_cannot_be_made_has_failed(
     assert list(checks) == NAMES
     assert checks["disk"].status == "fail"
     assert str(problem) in checks["disk"].detail
+
+
+async def test_the_daemon_is_named_with_what_to_install_or_to_type(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    monkeypatch.setattr(process, "find_program", without("vhost-device-vsock"))
+    (check,) = await doctor._vhost_user(Config())
+    assert check.status == "ok"
+    assert "apt-get install" in (check.hint or "")
+    monkeypatch.setattr(process, "find_program", without())
+    (check,) = await doctor._vhost_user(Config())
+    assert "--transport vhost-user-vsock" in (check.hint or "")
+    (check,) = await doctor._vhost_user(Config(pool=PoolConfig(revert="restart")))
+    assert (check.status, check.hint) == ("ok", None)
+    (check,) = await doctor._vhost_user(Config(machine=MachineConfig(vport=0)))
+    assert "not wanted" in check.detail
+
+
+async def test_serial_needs_nothing_but_tells_what_is_chosen() -> None:
+    virtio, isa = await doctor._serial(Config(pool=PoolConfig(transport="isa-serial")))
+    assert (virtio.status, isa.status) == ("ok", "ok")
+    assert "chosen" in isa.detail
+    (_virtio, isa) = await doctor._serial(Config(machine=MachineConfig(serial=0)))
+    assert "only for clones" in isa.detail

@@ -33,7 +33,7 @@ ROWS = (
     {"pbot"},
     {"frontdoor"},
     {"keeper"},
-    {"trial"},
+    {"trial", "bench_transports"},
     {"network_commands"},
     {"commands", "creation", "running"},
     {"installing"},

@@ -28,7 +28,9 @@ log = logging.getLogger(__name__)
 PROGRAM = "vhost-device-vsock"
 _PACKAGE = "vhost-device-vsock (Debian sid, Ubuntu 25.04 and later, Fedora, or cargo install vhost-device-vsock)"
 _START = 10.0  # seconds until it listens
+_FOUND = 30.0  # seconds until the guest has found its device
 _LOOK = 0.01
+_DEVICE = "/machine/peripheral/vsock0/virtio-backend"
 _CID = 3  # which only the guest sees: each daemon has one guest
 
 
@@ -100,3 +102,23 @@ class Daemon:
             with contextlib.suppress(MonitorError):
                 await monitor.execute("chardev-remove", id="vsock")
             raise
+        await self._driven(monitor)
+
+    async def _driven(self, monitor: Monitor) -> None:
+        """Wait until the guest's driver has the device: a request to connect before that may never be answered.
+
+        Raises HostError when that takes too long. A QEMU before 7.2 cannot tell, and is not waited for.
+        """
+        try:
+            async with asyncio.timeout(_FOUND):
+                while True:
+                    answer = await monitor.execute("x-query-virtio-status", path=_DEVICE)
+                    if "DRIVER_OK" in str(answer.get("status") if isinstance(answer, dict) else answer):
+                        return
+                    await asyncio.sleep(_LOOK)
+        except TimeoutError:
+            raise HostError(
+                f"the guest did not find its vsock within {_FOUND:.0f} s", hint="try a quieter host"
+            ) from None
+        except MonitorError as exc:
+            log.debug("the guest's driver cannot be watched: %s", exc)

@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import hmac
 import logging
-import shlex
 import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -25,6 +24,7 @@ from pbotvm_qemu.errors import (
     UnknownLanguageError,
     UsageError,
 )
+from pbotvm_qemu.guest import words
 from pbotvm_qemu.guest.source import keep
 
 if TYPE_CHECKING:
@@ -290,6 +290,8 @@ class Desk:
             cut = cut or len(part) < len(data)
             output.extend(part)
 
+        if language.prepare in ("c", "c++"):  # where the predecessor resolves backslashes
+            request = replace(request, arguments=words.split(request.argument_text, resolve=True))
         spec, content = requests.render(
             request,
             language,
@@ -421,7 +423,7 @@ def foreign_request(request: requests.Request, language: Language) -> dict[str, 
         "cmdline": requests.cmdline(request, language),
         "input": request.stdin,
         "date": int(time.time()),
-        "arguments": shlex.join(request.arguments),
+        "arguments": request.argument_text,
         "code": request.code + language.suffix,
     }
     if request.factoid:

@@ -46,6 +46,7 @@ class Request:
     code: str = ""
     options: tuple[str, ...] = ()  # for the compiler or interpreter; replace its defaults when there are any
     arguments: tuple[str, ...] = ()
+    argument_text: str = field(default="", compare=False)  # the same as they were written
     stdin: str | None = None
     info: bool = False  # show the command line, run nothing
     paste: bool = False  # put the output where it can be read at leisure
@@ -88,6 +89,7 @@ def parse_context(line: str, *, language: str = DEFAULT_LANGUAGE) -> tuple[Reque
         language=_text(fields, "lang") or language,
         machine=_text(fields, "vm") or None,
         arguments=split(_text(fields, "arguments")),
+        argument_text=_text(fields, "arguments"),
         nick=_text(fields, "nick") or "vm",
         channel=_text(fields, "channel") or "vm",
         factoid="factoid" in fields,
@@ -178,10 +180,10 @@ def _take_options(code: str, request: Request) -> tuple[str, Request]:
         elif not _ARGUMENTS.fullmatch(name):
             continue
         elif equals:
-            request = replace(request, arguments=split(_unquote(value)))
+            request = _with_arguments(request, _unquote(value))
         elif index < len(words):
             value, end = code[slice(*words[index])], words[index][1]
-            request = replace(request, arguments=split(_unquote(value)))
+            request = _with_arguments(request, _unquote(value))
             index += 1
         else:
             continue
@@ -190,6 +192,10 @@ def _take_options(code: str, request: Request) -> tuple[str, Request]:
         while position < len(code) and code[position] == " ":
             position += 1
     return "".join(kept) + code[position:], request
+
+
+def _with_arguments(request: Request, text: str) -> Request:
+    return replace(request, arguments=split(text), argument_text=text)
 
 
 def _unquote(word: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
+import shutil
 import socket
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -204,6 +205,14 @@ async def test_compiler_words_come_without_exit_note(door: Door) -> None:
     assert "[Exit" not in text
 
 
+@pytest.mark.skipif(not shutil.which("gcc"), reason="gcc is not installed (scripts/setup --dev installs it)")
+async def test_backslashes_of_arguments_stay_for_a_shell_and_protect_for_c(door: Door) -> None:
+    c = "-noheaders -g -include stdio.h -nomain int main(int c, char **v) { while (*++v) puts(*v); }"
+    assert await door.code(rf"""-lang=c11 -args "'a b' c\'d" {c}""") == "a b\nc'd\n"
+    assert await door.code(rf"""-lang=c11 {c}""", arguments=r"'a b' c\'d") == "a b\nc'd\n"
+    assert await door.code(r"""-lang=sh -args "'a b' c\'d" printf '%s\n' "$@" """) == "a b\nc\\'d\n"
+
+
 async def test_same_output_is_said_once_for_each_channel(door: Door) -> None:
     long = f"-lang=sh echo {'x' * 60}"
     assert await door.code(long) == "x" * 60 + "\n"
@@ -322,6 +331,8 @@ async def test_a_request_goes_on_to_an_unmodified_guest_server(door: Door) -> No
         )
         assert (asked["arguments"], asked["code"], asked["persist-key"]) == ("a b", "cat", "k")
         assert await door.code("-vm=old -lang=sh exit 4") == " [Exit 4]\n"
+        await door.code(r"""-vm=old -lang=sh -args "'x y' c\'d" cat""")
+        assert server.requests[-1]["arguments"] == r"'x y' c\'d"  # the guest cuts it, each language its own way
         assert await door.code("-vm=old -lang=sh echo hi", factoid="#c:f") == "hi\n"
         assert "factoid" in server.requests[-1]
 

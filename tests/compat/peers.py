@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from pbotvm_qemu.guest.spec import RunSpec
 
 NOBODY = 65534
-SECONDS = 20.0  # for anything that must come; a test that passes waits much less
+SECONDS = 60.0  # for anything that must come; a test that passes waits much less
 
 # Everything is imported before the rights are given up: the interpreter may lie in root's home.
 _BOOT = """

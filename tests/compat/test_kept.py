@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from pbotvm_qemu import shelf
+from pbotvm_qemu.config import Limits
 from pbotvm_qemu.guest.source import keep
 
 if TYPE_CHECKING:
@@ -17,6 +18,12 @@ if TYPE_CHECKING:
     from tests.compat.door import Door
 
 COUNT = "n=$(cat poll/n 2>/dev/null || echo 0); echo $((n + 1)) >poll/n; cat poll/n"
+
+
+@pytest.fixture(autouse=True)
+async def patient(door: Door) -> None:
+    """Give programs time on a busy host."""
+    await door.configure(limits=Limits(wall=60.0))
 
 
 async def ask(door: Door, code: str, key: object = "poll", **keys: object) -> str:
@@ -56,7 +63,9 @@ async def test_a_program_that_fails_keeps_what_it_wrote(door: Door, ending: str,
 
 async def test_a_program_that_is_ended_leaves_what_was_there(door: Door) -> None:
     await ask(door, "echo old >poll/x")
+    await door.configure(limits=Limits(wall=2.0))
     assert await ask(door, "echo new >poll/x; sleep 60") == "[Timed-out]"
+    await door.configure(limits=Limits(wall=60.0))
     assert await ask(door, "cat poll/x") == "old"
 
 

@@ -293,3 +293,20 @@ def test_two_at_once_lose_nothing(tmp_path: Path) -> None:
         thread.join()
     kept = next(tmp_path.glob("*.hist")).read_text().splitlines()
     assert len(kept) == 80
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        "undo " * 10_000, "append 'a' and " + "'a' and " * 3000 + "run", "s/a/b/ " * 5000, "replace 'a' with 'b' " * 2000,
+        "copy " * 5000, "and " * 8000, "'" * 30_000, "s/" + "\\" * 30_000, "replace all 'a' with '" + "x" * 30_000 + "'",
+        "s/a/" + "$`" * 15_000 + "/g", "-x " * 10_000 + "run", "s/(?P<" + "a" * 400 + ">.)/x/", "s/\\C/\ufffd/g",
+        "s/" + "(" * 450 + "/x/", "s/a{1000}{1000}/x/", "show \x00", "copy \ud7ff", "s/\x00/x/", "replace '' with 'x'", "remove ''",
+    ],
+    ids=lambda edit: edit[:12].encode("unicode_escape").decode(),
+)  # fmt: skip
+def test_no_edit_breaks_or_grows(tmp_path: Path, edit: str) -> None:
+    editor = Editor(tmp_path, usage="")
+    editor.keep("#c", "sh", "a" * 32_000)
+    said = editor.handle("#c", "sh", edit)
+    assert len(said.text or said.code or "") <= max(editing.ENTRY_MAX, len(edit))

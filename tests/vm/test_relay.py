@@ -361,7 +361,7 @@ def test_a_line_of_a_gigabyte_is_refused_at_once_and_costs_no_memory(keeper: Kee
                     assert keeper.ask("echo served") == b"served\n"
     assert keeper.figure("VmHWM") < before + (16 << 20), sent
     with keeper.connect() as sock:  # one who stops to listen hears why
-        sock.sendall(block + block + block)
+        sock.sendall(block + block + b"x")
         assert receive(sock) == b"The request is longer than 2 MiB.\n"
 
 

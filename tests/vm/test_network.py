@@ -507,7 +507,7 @@ def narrowed(env: dict[str, str]) -> None:
     file.write_text(f'[network.machines.{NAME}]\negress = "listed"\n')
     done = support.cli(env, "net", "up")
     assert done.returncode == 0, done.stderr.decode()
-    for _ in range(4):  # more than there are clones ready
+    for _ in range(3):  # more than there are clones ready
         done = support.cli(env, *words)
         assert (done.returncode, b"TimeoutError" in done.stderr) == (1, True), done.stderr.decode()
     file.unlink()

@@ -28,7 +28,7 @@ AUTO = "auto"
 DAEMON: Name = "vhost-user-vsock"
 
 FALL_BACK = 1.0  # seconds that a preferred way has to answer, before the next one is taken
-_PLUGGED = 15.0  # seconds for a guest to find the device that was just plugged in
+_PLUGGED = 6.0  # seconds for a guest that has just found its device
 _ATTEMPT = 0.3  # seconds for the first try on a transport that connects; twice as many for each further one
 _AGAIN = 0.05  # seconds between two tries to connect: a guest that was just restored may refuse the first one
 _ANSWER_MAX = 64  # bytes of the daemon's answer

@@ -42,13 +42,13 @@ class Guest:
     def __init__(self, home: Path) -> None:
         self.loop = Loop()
         self.busy = False
-        self.handed: list[tuple[str, bytes, Callable[[], None]]] = []
+        self.handed: list[tuple[str, bytes, Callable[[bytes], None]]] = []
         owner = Owner(str(home), "nobody", None, None, cgroups=False)
         self.server = legacy.Server(self.loop, owner, host_busy=lambda: self.busy, on_native=self.native)
         self.listener = Listener()
         self.ours: list[socket.socket] = []
 
-    def native(self, fd: int, transport: str, *, first: bytes, on_end: Callable[[], None]) -> None:
+    def native(self, fd: int, transport: str, *, first: bytes, on_end: Callable[[bytes], None]) -> None:
         del fd
         self.handed.append((transport, first, on_end))
 
@@ -196,7 +196,7 @@ def test_a_frame_instead_of_a_line_is_handed_over_and_keeps_its_place(guest: Gue
     guest.until(lambda: bool(guest.handed))
     ((transport, first, on_end),) = guest.handed
     assert (transport, first, guest.server._connections) == ("vsock", frame, 1)
-    on_end()
+    on_end(b"")
     assert guest.read(sock) == b""
     assert guest.server._connections == 0
 

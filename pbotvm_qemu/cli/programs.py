@@ -84,6 +84,8 @@ def execute(
     else:
         for line in execution.remarks(outcome, config.limits):
             say(line)
+    if transport not in (None, "auto", outcome.transport):
+        say(f"pbotvm-qemu: the guest was reached over {outcome.transport}; a kept machine has what it was started with")
     raise typer.Exit(outcome.exit_code)
 
 

@@ -378,7 +378,9 @@ def test_the_daemon_ends_with_its_machine_however_that_ends(daemon_env: Env) -> 
     assert live["transport"] == DAEMON or "no answer" in live["transport_why"]
     (ours,) = serving(daemon_env)
     os.kill(ours, signal.SIGKILL)
-    assert cli(daemon_env, "exec", "-lang=sh", "echo healed").stdout == b"healed\n"
+    other = cli(daemon_env, "exec", "--transport", "isa-serial", "-lang=sh", "echo healed")
+    assert other.stdout == b"healed\n"
+    assert b"a kept machine has what it was started with" in other.stderr
     os.kill(int(cli_json(daemon_env, "status", "--json")["pid"]), signal.SIGKILL)
     until = time.monotonic() + LONG
     while serving(daemon_env) or machine_qemus(daemon_env):

@@ -248,6 +248,7 @@ def test_random_texts_never_fail_and_lose_no_token() -> None:
         ("record P(int x) { } System.out.println(new P(3));", "prog", "static record P"),
         ("import java.io.*; System.out.println(1);", "prog", "import java.io.*; public class prog"),
         ("public static void main(String[] a) { } static int x = 3;", "prog", "static int x"),
+        ("static int n = 5; System.out.println(n);", "prog", "static int n = 5; public static void main"),
         ("List<Integer> l = List.of(1, 2); for (int i : l) { System.out.println(i); }", "prog", "import java.util.*;"),
         ("interface I { } class B implements I { static void main(String[] a) { } }", "B", "interface I"),
     ],

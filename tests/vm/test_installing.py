@@ -159,13 +159,13 @@ def test_a_sample_that_fails_leaves_the_old_machine(kept: Env) -> None:
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_whoever_is_interrupted_leaves_the_old_machine(kept: Env, how: signal.Signals) -> None:
     before = (homes(kept), languages(kept))
-    define(kept, "five")
-    with popen(kept, "languages", "add", "five") as change:
+    define(kept, "slow", 'warm = "sleep 900"\n')  # still under way when the signal comes, on a busy host too
+    with popen(kept, "languages", "add", "slow") as change:
         assert change.stderr
         for line in change.stderr:
-            if b"warming up" in line:
+            if b"warming up slow" in line:
                 break
-        assert_refused(cli(kept, "languages", "add", "five"), 125, "is being changed by process")
+        assert_refused(cli(kept, "languages", "add", "slow"), 125, "is being changed by process")
         assert_refused(cli(kept, "rm", NAME, "--force"), 125, "is being changed by process")
         change.send_signal(how)
     assert change.returncode == (130 if how == signal.SIGINT else -signal.SIGKILL)

@@ -118,6 +118,9 @@ def _classes(tokens: Tokens, parts: Sequence[tuple[int, int, int]]) -> tuple[str
     return public, main or first_class or _CLASS
 
 
+_OF_A_CLASS = frozenset("static public private protected".split())  # no local variable begins with them
+
+
 class _Writer:
     """Puts each part on the line where the caller has it."""
 
@@ -158,8 +161,9 @@ def _wrap(tokens: Tokens, parts: Sequence[tuple[int, int, int]], head: str) -> s
         if kind == _IMPORT:
             out.copy(first, last)
     out.put(f"public class {_CLASS} {{ ")
-    statements = [(first, last) for kind, first, last in parts if kind == _STATEMENT]
-    members = [(kind, first, last) for kind, first, last in parts if kind in (_TYPE, _METHOD)]
+    fields = {first for kind, first, _last in parts if kind == _STATEMENT and tokens[first] in _OF_A_CLASS}
+    statements = [(first, last) for kind, first, last in parts if kind == _STATEMENT and first not in fields]
+    members = [(kind, first, last) for kind, first, last in parts if kind in (_TYPE, _METHOD) or first in fields]
     # Lines stay right as long as they grow: what comes first in the text comes first here.
     statements_first = bool(statements) and (not members or statements[0][0] < members[0][1])
     if not has_main and statements_first:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
 from typing import TYPE_CHECKING
@@ -79,6 +80,7 @@ class Daemon:
         self.asked = b""
         self._answer = answer
         self._agent = agent
+        self._served: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> Daemon:
         self._server = await asyncio.start_unix_server(self._serve, self.path)
@@ -86,14 +88,26 @@ class Daemon:
 
     async def __aexit__(self, *_exc: object) -> None:
         self._server.close()
+        for task in self._served:
+            task.cancel()
+        await asyncio.gather(*self._served, return_exceptions=True)
+        await asyncio.sleep(0)  # for asyncio to close what was let go
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.asked = await reader.readline()
-        writer.write(self._answer)
-        if self._agent:
-            theirs = await asyncio.open_connection(sock=self._agent.channel.dup())
-            await asyncio.gather(_copy(reader, theirs[1]), _copy(theirs[0], writer))
-        writer.close()
+        task = asyncio.current_task()
+        assert task
+        self._served.add(task)
+        try:
+            self.asked = await reader.readline()
+            writer.write(self._answer)
+            if self._agent:
+                theirs = await asyncio.open_connection(sock=self._agent.channel.dup())
+                try:
+                    await asyncio.gather(_copy(reader, theirs[1]), _copy(theirs[0], writer))
+                finally:
+                    theirs[1].close()
+        finally:
+            writer.close()
 
 
 async def _copy(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
@@ -140,6 +154,8 @@ async def test_frames_and_text_share_the_serial_line(agent: peers.Agent, left: b
             heard += await loop.sock_recv(line, 4096)
     assert b"text again" in heard
     pump.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await pump
     line.close()
     theirs.close()
 

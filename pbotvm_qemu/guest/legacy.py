@@ -40,6 +40,8 @@ _OUTPUT = 1 << 20  # bytes
 _BUILD_FILE = 256 << 20  # bytes that a compiler may write
 _CORE_FILE = 64 << 20  # bytes that a program may write which may leave a core file
 
+_MAGIC = bytes([wire.MAGIC])
+
 BUSY = "Virtual machine is temporarily unavailable, try again soon."
 
 # Languages whose command line builds a program. It is run afterwards.
@@ -360,7 +362,11 @@ class Conversation:
             self._server.on_native(self._fd, "isa-serial", first=data, on_end=self._take_back)
 
     def _take_back(self, rest: bytes) -> None:
-        """Go on with text on a serial line: `rest` is what was no frame."""
+        """Go on with text on a serial line: `rest` is what was no frame, however it begins."""
+        # Not at once: a piece full of bad frames would have this call itself for each of them.
+        self._server.loop.after(0, lambda: self._go_on(rest.lstrip(_MAGIC)))
+
+    def _go_on(self, rest: bytes) -> None:
         self._server.loop.watch(self._fd, READ, self._ready)
         self.take(rest)
 

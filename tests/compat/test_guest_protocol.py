@@ -76,6 +76,13 @@ def test_cr_lf_is_taken_for_lf(agent: peers.Agent) -> None:
     assert results(agent, frame_today(request(code="echo crlf")).replace(b"\n", b"\r\n")) == ["crlf\n"]
 
 
+@pytest.mark.parametrize("bad", [b"\xf5" * 10, b"\xf5\x04\0\0\0\1\xff\xff\xff\xff", b"\xf5" + b"x" * 20])
+def test_bad_frames_without_end_leave_the_line_usable(agent: peers.Agent, bad: bytes) -> None:
+    write_all(agent.serial, (bad + b"\n\n") * 500)
+    write_all(agent.serial, b"\n\n" + frame_today(request(code="echo whole")))
+    assert b'result:{"result": "whole\\n"}\r\n' in read_until(agent.serial, b'whole\\n"}\r\nresult:end\r\n')
+
+
 def test_several_requests_in_one_session_are_answered_in_order(agent: peers.Agent) -> None:
     data = b"".join(frame_today(request(code=f"echo {number}")) for number in range(5))
     assert results(agent, data, count=5) == [f"{number}\n" for number in range(5)]

@@ -313,7 +313,7 @@ class _Server:
         self.peers: list[agent.Peer] = []
         self._agent = agent.Agent(work, _guest.owner)
 
-    def on_native(self, fd: int, transport: str, *, first: bytes, on_end: Callable[[], None]) -> None:
+    def on_native(self, fd: int, transport: str, *, first: bytes, on_end: Callable[[bytes], None]) -> None:
         self.peers.append(self._agent.serve(fd, transport, first=first, on_end=on_end))
 
     def run(self, block: bytes, answer: Callable[[str], None]) -> None:

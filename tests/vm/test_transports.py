@@ -35,7 +35,7 @@ pytestmark = pytest.mark.vm
 
 Env = dict[str, str]
 TRANSPORTS = ["virtio-serial", "isa-serial", DAEMON]
-BULK = config.parse_size(os.environ.get("PBOTVM_TEST_BYTES", "64M"))
+BULK = config.parse_size(os.environ.get("PBOTVM_TEST_BYTES", "32M"))
 RESTORES = int(os.environ.get("PBOTVM_TEST_RESTORES", "2"))
 MEMORY = 64 << 20  # bytes by which this process may grow while any number of them pass through
 

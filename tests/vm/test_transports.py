@@ -378,8 +378,11 @@ def test_the_daemon_ends_with_its_machine_however_that_ends(daemon_env: Env) -> 
     assert live["transport"] == DAEMON or "no answer" in live["transport_why"]
     (ours,) = serving(daemon_env)
     os.kill(ours, signal.SIGKILL)
+    until = time.monotonic() + LONG
     other = cli(daemon_env, "exec", "--transport", "isa-serial", "-lang=sh", "echo healed")
-    assert other.stdout == b"healed\n"
+    while other.stdout != b"healed\n":  # a run that was handed out in the moment of the kill is lost
+        assert time.monotonic() < until, other.stderr
+        other = cli(daemon_env, "exec", "--transport", "isa-serial", "-lang=sh", "echo healed")
     assert b"a kept machine has what it was started with" in other.stderr
     os.kill(int(cli_json(daemon_env, "status", "--json")["pid"]), signal.SIGKILL)
     until = time.monotonic() + LONG

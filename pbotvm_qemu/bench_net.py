@@ -17,11 +17,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pbotvm_qemu import image, keeper, links, net, netprobe, netsetup, paths, plan, process, request, state, template
+from pbotvm_qemu import image, keeper, net, paths, plan, process, request, state, template
 from pbotvm_qemu.config import Limits, NetworkConfig
 from pbotvm_qemu.errors import HostError, StateError
 from pbotvm_qemu.languages import Registry
 from pbotvm_qemu.machine import VirtualMachine
+from pbotvm_qemu.network import links, netprobe, netsetup
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable

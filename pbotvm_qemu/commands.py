@@ -10,18 +10,7 @@ import time
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from pbotvm_qemu import (
-    accel,
-    control,
-    image,
-    keeper,
-    network_commands,
-    paths,
-    plan,
-    process,
-    snapshots,
-    state,
-)
+from pbotvm_qemu import accel, control, image, keeper, network_commands, paths, plan, process, snapshots, state
 from pbotvm_qemu.config import SNAPSHOT, format_size
 from pbotvm_qemu.errors import PbotVMError, StateError
 from pbotvm_qemu.languages import Language, Registry

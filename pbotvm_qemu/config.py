@@ -26,8 +26,9 @@ import tomllib
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from pbotvm_qemu import endpoints, policy
+from pbotvm_qemu import endpoints
 from pbotvm_qemu.errors import ConfigError, UsageError
+from pbotvm_qemu.network import policy
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -19,9 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from pbotvm_qemu import accel, image, netprobe, paths, plan, process, qmp, state, template, transports, vhost_user
+from pbotvm_qemu import accel, image, paths, plan, process, qmp, state, template, transports, vhost_user
 from pbotvm_qemu.config import LOOPBACK, format_size
 from pbotvm_qemu.errors import HostError, ImageError, LaunchError, MonitorError, PbotVMError, StateError, tail
+from pbotvm_qemu.network import netprobe
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Sequence

@@ -15,15 +15,15 @@ from dataclasses import dataclass, field
 from ipaddress import ip_address
 from typing import TYPE_CHECKING
 
-from pbotvm_qemu import bridgehelper, links, netfilter, netprobe, netsetup
-from pbotvm_qemu.addresses import TAP_PREFIX, Guest, NetworkName, Plan
 from pbotvm_qemu.errors import HostError, NetworkError
+from pbotvm_qemu.network import bridgehelper, links, netfilter, netprobe, netsetup
+from pbotvm_qemu.network.addresses import TAP_PREFIX, Guest, NetworkName, Plan
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator, Sequence
 
     from pbotvm_qemu.config import NetworkConfig
-    from pbotvm_qemu.policy import Policy
+    from pbotvm_qemu.network.policy import Policy
 
 log = logging.getLogger(__name__)
 

@@ -9,16 +9,17 @@ import logging
 import os
 from typing import TYPE_CHECKING
 
-from pbotvm_qemu import addresses, links, netfilter, netprobe, netsetup, paths, policy
-from pbotvm_qemu import uplink as link
-from pbotvm_qemu.addresses import BRIDGES, NAMES
+from pbotvm_qemu import paths
 from pbotvm_qemu.errors import NetworkError, UsageError
+from pbotvm_qemu.network import addresses, links, netfilter, netprobe, netsetup, policy
+from pbotvm_qemu.network import uplink as link
+from pbotvm_qemu.network.addresses import BRIDGES, NAMES
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator, Sequence
 
-    from pbotvm_qemu.addresses import NetworkName
     from pbotvm_qemu.config import NetworkConfig
+    from pbotvm_qemu.network.addresses import NetworkName
 
 log = logging.getLogger(__name__)
 

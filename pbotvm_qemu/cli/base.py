@@ -47,14 +47,14 @@ def complete_language(incomplete: str) -> list[str]:
 
 def complete_mode(incomplete: str) -> list[str]:
     """Return the network modes that begin with `incomplete`, for the shell."""
-    from pbotvm_qemu import policy
+    from pbotvm_qemu.network import policy
 
     return [mode for mode in policy.MODES if mode.startswith(incomplete)]
 
 
 def complete_network(incomplete: str) -> list[str]:
     """Return the networks whose names begin with `incomplete`, for the shell."""
-    from pbotvm_qemu import addresses
+    from pbotvm_qemu.network import addresses
 
     return [name for name in addresses.NAMES if name.startswith(incomplete)]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pbotvm_qemu import netprobe
+from pbotvm_qemu.network import netprobe
 
 pytestmark = pytest.mark.netns
 

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from pbotvm_qemu import addresses, links, net, netfilter, netsetup, network_commands
+from pbotvm_qemu import net, network_commands
 from pbotvm_qemu.config import NetworkConfig
 from pbotvm_qemu.errors import NetworkError
+from pbotvm_qemu.network import addresses, links, netfilter, netsetup
 from tests import lab, support
 
 if TYPE_CHECKING:
@@ -150,7 +151,8 @@ def descriptors() -> set[str]:
 KILLER = """
 import asyncio, contextlib, json, os, signal, sys
 sys.path.insert(0, {root!r})
-from pbotvm_qemu import errors, links, netsetup, network_commands, uplink
+from pbotvm_qemu import errors, network_commands
+from pbotvm_qemu.network import links, netsetup, uplink
 from pbotvm_qemu.config import NetworkConfig
 from tests import lab
 netsetup.MANAGER_FILES = ()

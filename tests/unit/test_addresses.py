@@ -6,8 +6,8 @@ from ipaddress import IPv4Network, ip_network
 
 import pytest
 
-from pbotvm_qemu import addresses
 from pbotvm_qemu.errors import NetworkError
+from pbotvm_qemu.network import addresses
 
 PLAN = addresses.own_plan("nat", b"host", IPv4Network("10.213.176.0/20"), addresses.subnet6(b"host", "nat"))
 

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pbotvm_qemu import accel, doctor, netprobe, paths, process
+from pbotvm_qemu import accel, doctor, paths, process
 from pbotvm_qemu.config import LOOPBACK, Config, MachineConfig, PoolConfig, RelayConfig
 from pbotvm_qemu.doctor import Features
 from pbotvm_qemu.errors import CommandError, HostError, LaunchError, MonitorError
+from pbotvm_qemu.network import netprobe
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

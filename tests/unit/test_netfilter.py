@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from ipaddress import IPv4Network
 
-from pbotvm_qemu import addresses, net, netfilter, policy
+from pbotvm_qemu import net
+from pbotvm_qemu.network import addresses, netfilter, policy
 
 PLAN = addresses.own_plan("nat", b"host", IPv4Network("10.213.176.0/20"), addresses.subnet6(b"host", "nat"))
 GUEST = PLAN.guest(7)

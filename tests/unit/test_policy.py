@@ -6,8 +6,8 @@ import ipaddress
 
 import pytest
 
-from pbotvm_qemu import policy
 from pbotvm_qemu.errors import ConfigError
+from pbotvm_qemu.network import policy
 
 
 @pytest.mark.parametrize(

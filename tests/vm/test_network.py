@@ -25,27 +25,18 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from pbotvm_qemu import (
-    bridgehelper,
-    creation,
-    dhcp,
-    image,
-    links,
-    netfilter,
-    netsetup,
-    paths,
-    template,
-)
+from pbotvm_qemu import creation, image, paths, template
 from pbotvm_qemu.config import Config, MachineConfig, NetworkConfig
 from pbotvm_qemu.errors import GuestError
 from pbotvm_qemu.machine import VirtualMachine
+from pbotvm_qemu.network import bridgehelper, dhcp, links, netfilter, netsetup
 from pbotvm_qemu.plan import Console, Plan
 from tests import guest_programs, lab, support
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 
-    from pbotvm_qemu.addresses import NetworkName
+    from pbotvm_qemu.network.addresses import NetworkName
 
 pytestmark = [pytest.mark.vm, pytest.mark.netns]
 

@@ -18,16 +18,17 @@ from ipaddress import IPv4Network, IPv6Network, ip_interface
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pbotvm_qemu import addresses, dhcp, netfilter, process
-from pbotvm_qemu.addresses import BRIDGES, NAMES, TAP_PREFIX, NetworkName, Plan
+from pbotvm_qemu import process
 from pbotvm_qemu.errors import HostError, NetworkError
+from pbotvm_qemu.network import addresses, dhcp, netfilter
+from pbotvm_qemu.network.addresses import BRIDGES, NAMES, TAP_PREFIX, NetworkName, Plan
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Sequence
 
     from pbotvm_qemu.config import NetworkConfig
-    from pbotvm_qemu.links import Interface, Link, Links, Network, Route
-    from pbotvm_qemu.policy import Policy
+    from pbotvm_qemu.network.links import Interface, Link, Links, Network, Route
+    from pbotvm_qemu.network.policy import Policy
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_add
 from typing import TYPE_CHECKING, Literal
 
 from pbotvm_qemu.errors import NetworkError
-from pbotvm_qemu.policy import Range, parse_range
+from pbotvm_qemu.network.policy import Range, parse_range
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

@@ -18,8 +18,9 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
-from pbotvm_qemu import bridgehelper, links, process
+from pbotvm_qemu import process
 from pbotvm_qemu.errors import HostError, NetworkError, tail
+from pbotvm_qemu.network import bridgehelper, links
 
 DEADLINE = 10.0  # seconds for each probe
 

@@ -16,14 +16,14 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from pbotvm_qemu import process
-from pbotvm_qemu.addresses import BRIDGES, TAP_PREFIX, TAPS
 from pbotvm_qemu.errors import CommandError, HostError, NetworkError, tail
-from pbotvm_qemu.policy import BLOCKED4, BLOCKED6, Allow, Policy
+from pbotvm_qemu.network.addresses import BRIDGES, TAP_PREFIX, TAPS
+from pbotvm_qemu.network.policy import BLOCKED4, BLOCKED6, Allow, Policy
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from pbotvm_qemu.addresses import Guest, Plan
+    from pbotvm_qemu.network.addresses import Guest, Plan
 
 TABLE = "pbotvm"
 COMMENT = "pbotvm-qemu"  # of a table that we made

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from pbotvm_qemu.addresses import Plan
+    from pbotvm_qemu.network.addresses import Plan
 
 _DEADLINE = 10.0  # seconds for its start, and for its end
 

@@ -14,16 +14,17 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING
 
-from pbotvm_qemu import links, netsetup, paths, process
-from pbotvm_qemu.addresses import BRIDGES
+from pbotvm_qemu import paths, process
 from pbotvm_qemu.errors import NetworkError
-from pbotvm_qemu.netsetup import GROUP, Alias, Step
+from pbotvm_qemu.network import links, netsetup
+from pbotvm_qemu.network.addresses import BRIDGES
+from pbotvm_qemu.network.netsetup import GROUP, Alias, Step
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from pbotvm_qemu.links import Held, Link, Links, Route
-    from pbotvm_qemu.netsetup import View
+    from pbotvm_qemu.network.links import Held, Link, Links, Route
+    from pbotvm_qemu.network.netsetup import View
 
 BRIDGE = BRIDGES["bridge"]
 UPLINK = "uplink"  # key in the bridge's alias

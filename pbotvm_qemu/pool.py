@@ -163,6 +163,7 @@ class Pool:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         for lease in list(self._alive):  # of a task that was cancelled before its first step
             await self._end(lease)
+        self.way.release()
 
     async def ready(self) -> None:
         """Wait until as many machines as wanted are up. Raises what kept the first one from starting."""

@@ -31,7 +31,7 @@ from pbotvm_qemu.errors import HostError, StateError
 from pbotvm_qemu.plan import Memory, system_user
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
 _FORMAT = 1
@@ -200,21 +200,22 @@ def _take_back(file: Path, mode: int) -> None:
     file.chmod(mode)
 
 
-def use(owner: object, template: Template) -> None:
+def use(owner: object, template: Template) -> Callable[[], object]:
     """Keep `template` from being deleted for as long as the object `owner` lives: a change of languages replaces it.
 
-    Raises StateError when it is gone already.
+    Return what lets go of it earlier. Raises StateError when it is gone already.
     """
     try:
         fd = os.open(template.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as exc:
         raise template.damaged(f"{template.directory}: {exc.strerror}") from exc
-    weakref.finalize(owner, os.close, fd)
+    release = weakref.finalize(owner, os.close, fd)
     try:
         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         raise template.damaged("it was replaced just now") from None
     template.check()
+    return release
 
 
 def exists(name: str) -> bool:

@@ -44,6 +44,9 @@ class Way(Protocol):
     async def renew(self, machine: VirtualMachine) -> bool:
         """Make a used machine clean again; False when it must be ended and another one started."""
 
+    def release(self) -> None:
+        """Let go of what machines are started from: none will be any more."""
+
 
 class Clone:
     """Copy-on-write clones of a template.
@@ -58,7 +61,7 @@ class Clone:
     def __init__(self, plan: Plan, source: Template, *, why: str, shared: bool = True) -> None:
         self.plan = plan.restored(source.memory)
         self.why = why
-        template.use(self, source)
+        self._release = template.use(self, source)
         self._template = source
         self._shared = shared
         self._numbers = itertools.count(1)
@@ -83,6 +86,10 @@ class Clone:
         """Have it ended: a clone serves once."""
         return False
 
+    def release(self) -> None:
+        """Let the template be deleted."""
+        self._release()
+
 
 class Restart:
     """A new process from the snapshot on the machine's own disk."""
@@ -103,6 +110,9 @@ class Restart:
     async def renew(self, machine: VirtualMachine) -> bool:
         """Have the process ended."""
         return False
+
+    def release(self) -> None:
+        """Do nothing: a lock holds the machine's own disk."""
 
     def use(self, tag: str) -> None:
         """Have later starts load snapshot `tag`."""

@@ -98,6 +98,7 @@ class Way:
         self.live = 0
         self.most_live = 0
         self.gate: asyncio.Event | None = None
+        self.released = False
 
     async def start(self) -> Machine:
         if self.gate:
@@ -114,6 +115,9 @@ class Way:
     async def renew(self, _machine: Machine) -> bool:
         return self.renews
 
+    def release(self) -> None:
+        self.released = self.live == 0
+
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,6 +131,7 @@ async def running(way: Way, **options: Any) -> AsyncIterator[Pool]:
     async with asyncio.timeout(10), Pool(way, **options) as pool:  # type: ignore[arg-type]
         yield pool
     assert way.live == 0, "machines outlived the pool"
+    assert pool.way.released  # type: ignore[attr-defined]
 
 
 async def settle(pool: Pool, ready: int) -> None:

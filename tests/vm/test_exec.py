@@ -195,4 +195,4 @@ def test_no_file_of_a_run_is_left_on_the_host(vm_env: Env) -> None:
     cli(vm_env, "exec", "-lang=sh", "true")
     assert cli(vm_env, "prune").stdout == b"nothing was left behind\n"
     left = {name for _folder, _folders, names in os.walk(vm_env["XDG_RUNTIME_DIR"]) for name in names}
-    assert left <= {"test-vm.lock", "test-vm.keeper.lock"}
+    assert left <= {"test-vm.lock", "test-vm.keeper.lock", "test-vm.change.lock"}

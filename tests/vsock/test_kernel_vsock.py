@@ -19,6 +19,7 @@ from pbotvm_qemu import plan, transports
 from pbotvm_qemu.endpoints import Endpoint
 from pbotvm_qemu.errors import GuestError
 from pbotvm_qemu.pbot_guest import OfflineError, PBotGuest
+from tests import support
 from tests.compat.peers import frame_seed, frame_today, request, sized
 from tests.vsock.conftest import run
 
@@ -290,3 +291,21 @@ async def test_a_guest_that_is_killed_ends_its_conversation(machine: Machine) ->
         os.kill(vm.pid, 9)
         with pytest.raises(GuestError):
             await asyncio.wait_for(work, SECONDS)
+
+
+def test_a_kept_machine_says_that_it_is_reached_over_vsock(env: dict[str, str], machine: Machine) -> None:
+    begin = time.monotonic()
+    result = support.cli(env, "start", "--revert", "clone", "--transport", "vsock", "--pool", "1")
+    assert result.returncode == 0, result.stderr.decode()
+    say("start of a keeper", begin)
+    try:
+        for number in range(2):
+            begin = time.monotonic()
+            answer = support.cli_json(env, "exec", "--json", "-lang=sh", f"echo {number}")
+            say("exec through a keeper", begin)
+            status = support.cli_json(env, "status", "--json")
+            said = support.cli(env, "logs").stdout.decode("utf-8", "replace")
+            assert (answer["stdout"], answer["transport"]) == (f"{number}\n", "vsock"), (status, said)
+            assert status["live"]["transport"] == "vsock", (status, said)
+    finally:
+        support.cli(env, "stop")

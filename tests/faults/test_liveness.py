@@ -158,6 +158,24 @@ def counted(env: Env, reason: str, before: dict[str, Any]) -> None:
     assert ask(env, "echo served") == b"served\n"
 
 
+def provoked(env: Env, command: str, reason: str) -> None:
+    """Have root carry out `command` in a guest that nobody uses, and hold that it is counted and logged as `reason`.
+
+    The request that asks for it makes the machine a used one: when the keeper was quicker to replace it, once more.
+    """
+    for _ in range(5):
+        ready(env)
+        before = live(env)
+        assert b"Success" in ask_serial(env, f"echo '{command}' >/tmp/root-command")
+        until = time.monotonic() + 20
+        while live(env)["reverts"] == before["reverts"] and time.monotonic() < until:
+            time.sleep(0.1)
+        if live(env)["reverts"].get(reason, 0) > before["reverts"].get(reason, 0):
+            counted(env, reason, before)
+            return
+    pytest.fail(f"no revert because of {reason}: {live(env)['reverts']}; {log(env)[-2000:]}")
+
+
 def during(env: Env, code: str, fault: Callable[[int], None]) -> tuple[bytes, bytes]:
     """Start a program, have somebody else wait, provoke the fault; return what both were told."""
     ready(env)
@@ -191,10 +209,7 @@ def test_the_agent_killed_under_a_program(each: Env) -> None:
 
 
 def test_the_agent_killed_while_nothing_runs(env: Env) -> None:
-    ready(env)
-    before = live(env)
-    assert b"Success" in ask_serial(env, f"echo 'sleep 1; {KILL_AGENT}' >/tmp/root-command")
-    counted(env, "agent-lost", before)
+    provoked(env, f"sleep 1; {KILL_AGENT}", "agent-lost")
 
 
 def test_a_panic_under_a_program(each: Env) -> None:
@@ -204,10 +219,7 @@ def test_a_panic_under_a_program(each: Env) -> None:
 
 
 def test_a_panic_while_nothing_runs(env: Env) -> None:
-    ready(env)
-    before = live(env)
-    assert b"Success" in ask_serial(env, "echo 'sleep 1; echo c >/proc/sysrq-trigger' >/tmp/root-command")
-    counted(env, "died", before)
+    provoked(env, "sleep 1; echo c >/proc/sysrq-trigger", "died")
 
 
 def test_qemu_killed_under_a_program(each: Env) -> None:
@@ -245,10 +257,7 @@ def test_a_busy_loop_in_a_program_is_its_own_affair(each: Env) -> None:
 
 
 def test_a_busy_loop_while_nothing_runs(env: Env) -> None:
-    ready(env)
-    before = live(env)
-    assert b"Success" in ask_serial(env, "echo 'while :; do :; done' >/tmp/root-command")
-    counted(env, "cpu", before)
+    provoked(env, "while :; do :; done", "cpu")
 
 
 def test_a_guest_that_was_used_over_the_serial_line_is_not_given_to_others(env: Env) -> None:

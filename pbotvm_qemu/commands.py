@@ -51,9 +51,7 @@ async def start(config: Config, *, relay: bool, arguments: Sequence[str]) -> sta
     files = paths.MachinePaths(name)
     with files.keeper_log.open("ab") as stream:
         begin = stream.tell()
-        child = await process.Child.start(
-            [sys.executable, "-m", "pbotvm_qemu", *arguments], pass_fds=(), log=stream.fileno()
-        )
+        child = process.Detached([sys.executable, "-m", "pbotvm_qemu", *arguments], log=stream.fileno())
     until = time.monotonic() + _START_TIMEOUT
     while time.monotonic() < until and child.status is None:
         kept = state.running(name)
@@ -62,8 +60,7 @@ async def start(config: Config, *, relay: bool, arguments: Sequence[str]) -> sta
         await child.wait(0.05)
     said = files.keeper_log.read_bytes()[begin:].decode("utf-8", "replace").strip().splitlines()
     if child.status is None:
-        child.send(process.TERMINATE)
-        await child.wait(_STOP_TIMEOUT)
+        await child.end(process.TERMINATE, _STOP_TIMEOUT)
     cause = next((line.removeprefix("error: ") for line in said if line.startswith("error: ")), "it gave no reason")
     hint = next((line.removeprefix("hint: ") for line in said if line.startswith("hint: ")), f"see {files.keeper_log}")
     raise StateError(f"machine {name!r} did not start: {cause}", hint=hint)

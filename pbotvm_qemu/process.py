@@ -11,6 +11,7 @@ import os
 import resource
 import shutil
 import signal
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -324,10 +325,55 @@ class Child:
 
     def send(self, number: signal.Signals) -> None:
         """Send it a signal; nothing happens when it has ended."""
-        with contextlib.suppress(ProcessLookupError):
-            self._child.send_signal(number)
+        if self.status is None:
+            # Not by its own method, which reaps a program that has just ended, so that asyncio never learns its status.
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
 
     async def kill(self) -> None:
         """Kill it, and wait until the kernel has taken it away."""
         self.send(signal.SIGKILL)
         await self.wait(_GRACE)
+
+
+class Detached:
+    """A program that goes on when we have ended: a keeper in the background, a DHCP server, a rollback on a timer.
+
+    No child of asyncio's, which kills what it started when its event loop goes: Python 3.11 forgot to, 3.13 does not.
+    """
+
+    def __init__(self, argv: Sequence[str], *, log: int) -> None:
+        """Start `argv` in a session of its own; all output goes to the open file `log`. Raises CommandError."""
+        self._status: int | None = None
+        null = os.open(os.devnull, os.O_RDONLY)
+        streams = [(os.POSIX_SPAWN_DUP2, fd, standard) for fd, standard in ((null, 0), (log, 1), (log, 2))]
+        try:
+            self.pid = os.posix_spawnp(
+                argv[0], list(argv), os.environ, file_actions=streams, setsid=True,
+                setsigdef=[signal.SIGPIPE, signal.SIGXFSZ],  # which Python ignores
+            )  # fmt: skip
+        except OSError as exc:
+            raise CommandError(argv, f"cannot be started: {exc.strerror}", hint=f"check {argv[0]}") from exc
+        finally:
+            os.close(null)
+
+    @property
+    def status(self) -> int | None:
+        """Its exit status (negative for a signal), or None while it runs."""
+        if self._status is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self._status = os.waitstatus_to_exitcode(status) if pid else None
+        return self._status
+
+    async def wait(self, timeout: float) -> bool:
+        """Wait up to `timeout` seconds for its end; tell whether it came."""
+        until = time.monotonic() + timeout
+        while self.status is None and time.monotonic() < until:
+            await asyncio.sleep(0.02)
+        return self.status is not None
+
+    async def end(self, number: signal.Signals, within: float = _GRACE) -> None:
+        """Send it a signal, and wait up to `within` seconds for its end."""
+        if self.status is None:
+            os.kill(self.pid, number)
+            await self.wait(within)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import signal
 import tempfile
 import time
 from typing import TYPE_CHECKING
@@ -91,13 +92,13 @@ async def start(text: str) -> None:
     file.write_text(text, "ascii")
     with tempfile.TemporaryFile() as log:
         argv = [program, f"--conf-file={file}", f"--pid-file={_pid_file()}", "--keep-in-foreground", "--log-facility=-"]
-        child = await process.Child.start(argv, pass_fds=(), log=log.fileno())
+        child = process.Detached(argv, log=log.fileno())
         until = time.monotonic() + _DEADLINE
         while child.status is None and running() is None and time.monotonic() < until:
             await child.wait(0.05)
         if child.status is not None or running() is None:
             log.seek(0)
-            await child.kill()
+            await child.end(signal.SIGKILL)
             raise NetworkError(
                 f"dnsmasq does not start: {tail(log.read(1 << 16)) or 'it says nothing'}",
                 hint="does another DHCP server listen on the bridge? see `ss -lunp sport = 67`",

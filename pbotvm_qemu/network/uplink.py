@@ -176,9 +176,9 @@ async def start_rollback(within: float) -> None:
     """Start the process that puts everything back after `within` seconds unless the change is confirmed."""
     folder = paths.private(paths.runtime_dir(), mode=0o711)
     with (folder / "net-rollback.log").open("wb") as log:
-        await process.Child.start(
-            [sys.executable, "-m", "pbotvm_qemu", "net", "rollback", "--after", f"{within:.3f}"], pass_fds=(), log=log.fileno()
-        )  # fmt: skip
+        process.Detached(
+            [sys.executable, "-m", "pbotvm_qemu", "net", "rollback", "--after", f"{within:.3f}"], log=log.fileno()
+        )
 
 
 async def unconfirmed(kernel: Links) -> Alias | None:

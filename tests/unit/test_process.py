@@ -218,6 +218,45 @@ async def test_child_is_killed_once_and_then_left_alone(tmp_path: Path, end: Cal
         os.close(log)
 
 
+STARTS = """
+import asyncio, gc, sys
+from pbotvm_qemu import process
+
+async def main():
+    with open(sys.argv[1], "wb") as log:
+        child = process.Detached(["sleep", "60"], log=log.fileno())
+    print(child.pid, child.status, await child.wait(0.1))
+
+asyncio.run(main())
+gc.collect()
+"""
+
+
+def test_what_is_detached_outlives_us(tmp_path: Path) -> None:
+    said = subprocess.run([sys.executable, "-c", STARTS, tmp_path / "log"], capture_output=True, check=True, timeout=60)
+    pid, *state = said.stdout.split()
+    detached = process.Identity.of(int(pid))
+    assert detached
+    try:
+        assert state == [b"None", b"False"]
+        assert os.getsid(detached.pid) == detached.pid
+    finally:
+        assert detached.kill()
+
+
+async def test_what_is_detached_can_be_ended_while_we_live(tmp_path: Path) -> None:
+    with (tmp_path / "log").open("wb") as log:
+        quick = process.Detached(["sh", "-c", "echo said; exit 7"], log=log.fileno())
+        slow = process.Detached(["sleep", "60"], log=log.fileno())
+    assert await quick.wait(60)
+    assert quick.status == 7
+    await slow.end(process.TERMINATE, 60)
+    assert slow.status == -process.TERMINATE
+    assert (tmp_path / "log").read_text() == "said\n"
+    with pytest.raises(CommandError, match="cannot be started"):
+        process.Detached(["/no/such/thing"], log=2)
+
+
 async def test_child_that_cannot_be_started_is_named() -> None:
     with pytest.raises(CommandError, match="cannot be started"):
         await process.Child.start(["/no/such/thing"], pass_fds=[], log=2)

@@ -45,11 +45,13 @@ def write_all(fd: int, data: bytes) -> None:
 def results(agent: peers.Agent, data: bytes, *, count: int = 1) -> list[str]:
     """Send what vm-exec sends, and read by its rules."""
     write_all(agent.serial, data)
+    end, seen = b"result:end\r\n", b""
+    while seen.count(end) < count:  # several may come at once
+        seen += read_until(agent.serial, end)
     answers = []
-    for _ in range(count):
-        lines = read_until(agent.serial, b"result:end\r\n").split(b"\r\n")
-        kept = [json.loads(line[7:])["result"] for line in lines if line.startswith(b"result:{")]
-        assert len(kept) == 1, lines
+    for answer in seen.split(end)[:-1]:
+        kept = [json.loads(line[7:])["result"] for line in answer.split(b"\r\n") if line.startswith(b"result:{")]
+        assert len(kept) == 1, answer
         answers += kept
     return answers
 

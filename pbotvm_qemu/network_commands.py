@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from pbotvm_qemu.config import NetworkConfig
     from pbotvm_qemu.network.addresses import NetworkName
+    from pbotvm_qemu.network.steps import Step
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +69,7 @@ async def up(
     if uplink and "bridge" not in networks:
         raise UsageError("--uplink belongs to network bridge", hint=f"pbotvm-qemu net up bridge --uplink {uplink}")
 
-    async def plan(kernel: links.Links, view: netsetup.View) -> list[netsetup.Step]:
+    async def plan(kernel: links.Links, view: netsetup.View) -> list[Step]:
         own = view.link(settings.bridge)
         if "bridge" in networks and not uplink and (own is None or own.kind != "bridge"):
             raise NetworkError(
@@ -115,10 +116,10 @@ async def down(
 ) -> None:
     """Take `networks` away, or only what was not confirmed. Raises NetworkError when guests are in them."""
 
-    async def plan(kernel: links.Links, view: netsetup.View) -> list[netsetup.Step]:
+    async def plan(kernel: links.Links, view: netsetup.View) -> list[Step]:
         if unconfirmed and await link.unconfirmed(kernel) is None:
             return []
-        steps: list[netsetup.Step] = []
+        steps: list[Step] = []
         bridge = view.link(BRIDGES["bridge"])
         if "bridge" in networks and bridge:
             steps = link.down(kernel, view, await kernel.held(bridge.index))
@@ -136,7 +137,7 @@ async def prune(*, dry_run: bool) -> list[str]:
     if not netprobe.has_net_admin() or await netfilter.usable():
         return said
 
-    async def plan(kernel: links.Links, view: netsetup.View) -> list[netsetup.Step]:
+    async def plan(kernel: links.Links, view: netsetup.View) -> list[Step]:
         return netsetup.leftovers(kernel, view)
 
     async with links.Links() as kernel:  # a look needs no lock, and most often there is nothing to do
@@ -147,7 +148,7 @@ async def prune(*, dry_run: bool) -> list[str]:
 
 
 async def _carry_out(
-    plan: Callable[[links.Links, netsetup.View], Awaitable[list[netsetup.Step]]],
+    plan: Callable[[links.Links, netsetup.View], Awaitable[list[Step]]],
     *,
     dry_run: bool,
     on_step: Callable[[str], None],

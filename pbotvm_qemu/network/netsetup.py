@@ -18,10 +18,10 @@ from ipaddress import IPv4Network, IPv6Network, ip_interface
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pbotvm_qemu import process
-from pbotvm_qemu.errors import HostError, NetworkError
-from pbotvm_qemu.network import addresses, dhcp, netfilter
-from pbotvm_qemu.network.addresses import BRIDGES, NAMES, TAP_PREFIX, NetworkName, Plan
+from pbotvm_qemu.errors import NetworkError
+from pbotvm_qemu.network import addresses, dhcp, managers, netfilter
+from pbotvm_qemu.network.addresses import BRIDGES, NAMES, NetworkName, Plan
+from pbotvm_qemu.network.steps import Step
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Sequence
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_RELOAD = 20.0  # seconds
 GROUP = 0x70626F74  # "pbot": the link group of what we made
 ALIAS = "pbotvm-qemu"
 _READY = "ready"
@@ -42,31 +41,6 @@ ISOLATED4 = IPv4Network("10.213.208.0/20")  # known to guests alone, so it canno
 FORWARD4 = "net/ipv4/ip_forward"
 FORWARD6 = "net/ipv6/conf/all/forwarding"
 _PROC = Path("/proc/sys")
-
-# Others that manage interfaces are told to leave ours alone, in folders that are gone after a reboot: what shows that
-# they run, the file, what is in it, and what has them read it.
-_NETWORKMANAGER = Path("/run/NetworkManager")
-_NETWORKD = Path("/run/systemd/netif")
-MANAGER_FILES = (
-    (
-        _NETWORKMANAGER, Path("/run/NetworkManager/conf.d/90-pbotvm-qemu.conf"),
-        f"[keyfile]\nunmanaged-devices+=interface-name:pbot-*;interface-name:{TAP_PREFIX}*\n",
-        ("nmcli", "general", "reload", "conf"),
-    ),
-    (
-        _NETWORKD, Path("/run/systemd/network/05-pbotvm-qemu.network"),
-        f"[Match]\nName=pbot-* {TAP_PREFIX}*\n\n[Link]\nUnmanaged=yes\n",
-        ("networkctl", "reload"),
-    ),
-)  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One change, in words and as a deed that can be done again."""
-
-    what: str
-    do: Callable[[], Awaitable[None]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,7 +222,7 @@ def base(view: View, settings: NetworkConfig, networks: Iterable[NetworkName]) -
 def up(links: Links, view: View, settings: NetworkConfig, networks: Sequence[NetworkName]) -> list[Step]:
     """Return the steps that are missing for `networks`. Raises NetworkError when somebody else's things are in the way."""
     _check_tables(view)
-    steps = manager_steps()
+    steps = managers.steps()
     there = {name for name in OWN if view.bridge(name)} | set(networks)
     for network in networks:
         steps += _bridge_steps(links, view, settings, network)
@@ -309,46 +283,6 @@ def _check_tables(view: View) -> None:
                 f"there is an nftables table {family} {netfilter.TABLE}, and pbotvm-qemu did not make it",
                 hint=f"rename or remove it: nft delete table {family} {netfilter.TABLE}",
             )
-
-
-def manager_steps() -> list[Step]:
-    """Return the steps that keep NetworkManager and systemd-networkd away from our interfaces, where they run."""
-    steps = []
-    for sign, file, text, reload in MANAGER_FILES:
-        if sign.is_dir() and _text(file) != text:
-            what = f"write {file}, so that pbot-* and {TAP_PREFIX}* are left alone, and {' '.join(reload)}"
-            steps.append(Step(what, _writer(file, text, reload)))
-    return steps
-
-
-def _text(file: Path) -> str:
-    try:
-        return file.read_text("utf-8")
-    except OSError:
-        return ""
-
-
-def _writer(file: Path, text: str, reload: Sequence[str]) -> Callable[[], Awaitable[None]]:
-    async def do() -> None:
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            temporary = file.with_suffix(".new")
-            temporary.write_text(text, "utf-8")
-            temporary.replace(file)
-        except OSError as exc:
-            raise NetworkError(f"cannot write {file}: {exc.strerror}", hint="run as root") from exc
-        await _reload(reload)
-
-    return do
-
-
-async def _reload(words: Sequence[str]) -> None:
-    """Have a manager of networks read what it is told. One that does not answer reads it at its next start."""
-    try:
-        program = process.find_program(words[0], package=words[0])
-        (await process.run([program, *words[1:]], timeout=_RELOAD)).check()
-    except HostError as exc:
-        log.warning("%s", exc)
 
 
 def _bridge_steps(links: Links, view: View, settings: NetworkConfig, network: NetworkName) -> list[Step]:
@@ -521,7 +455,7 @@ def down(links: Links, view: View, networks: Sequence[NetworkName]) -> list[Step
             )
         )
     if not left:
-        steps += _unmanage_steps()
+        steps += managers.removal()
     return steps
 
 
@@ -532,25 +466,6 @@ def _restore_steps(before: dict[str, str]) -> list[Step]:
         for path, value in reversed(before.items())
         if value and (_PROC / path).exists() and parameter(path) != value
     ]
-
-
-def _unmanage_steps() -> list[Step]:
-    """Return the steps that remove what managers of networks were told."""
-    return [
-        Step(f"remove {file}, and {' '.join(reload)}", _remover(file, reload if sign.is_dir() else ()))
-        for sign, file, _text_, reload in MANAGER_FILES
-        if file.exists()
-    ]
-
-
-def _remover(file: Path, reload: Sequence[str]) -> Callable[[], Awaitable[None]]:
-    async def do() -> None:
-        with contextlib.suppress(FileNotFoundError):
-            file.unlink()
-        if reload:
-            await _reload(reload)
-
-    return do
 
 
 def leftovers(links: Links, view: View) -> list[Step]:
@@ -571,7 +486,7 @@ def leftovers(links: Links, view: View) -> list[Step]:
     if unfinished:
         steps += down(links, view, unfinished)
     elif not any(view.tables.values()) and not any(view.link(BRIDGES[name]) for name in NAMES):
-        steps += _unmanage_steps()
+        steps += managers.removal()
     return steps
 
 

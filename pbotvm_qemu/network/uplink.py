@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING
 
 from pbotvm_qemu import paths, process
 from pbotvm_qemu.errors import NetworkError
-from pbotvm_qemu.network import links, netsetup
+from pbotvm_qemu.network import links, managers, netsetup
 from pbotvm_qemu.network.addresses import BRIDGES
-from pbotvm_qemu.network.netsetup import GROUP, Alias, Step
+from pbotvm_qemu.network.netsetup import GROUP, Alias
+from pbotvm_qemu.network.steps import Step
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -43,7 +44,7 @@ def up(kernel: Links, view: View, held: list[Held], name: str, *, within: float)
     if inside and inside != name:
         raise NetworkError(f"{inside} is in {BRIDGE} already", hint="take it out first: pbotvm-qemu net down bridge")
     link = _check(view, bridge, held, name)
-    steps = netsetup.manager_steps()
+    steps = managers.steps()
     if bridge is None:
         steps.append(
             Step(

@@ -18,7 +18,7 @@ import pytest
 from pbotvm_qemu import net, network_commands
 from pbotvm_qemu.config import NetworkConfig
 from pbotvm_qemu.errors import NetworkError
-from pbotvm_qemu.network import addresses, links, netfilter, netsetup
+from pbotvm_qemu.network import addresses, links, managers, netfilter, netsetup
 from tests import lab, support
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ BOTH = netsetup.OWN
 @pytest.fixture(autouse=True)
 def nobody_manages_networks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The host's own network managers are none of our business here."""
-    monkeypatch.setattr(netsetup, "MANAGER_FILES", ())
+    monkeypatch.setattr(managers, "FILES", ())
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "run"))
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
 
@@ -117,7 +117,7 @@ async def test_managers_of_networks_are_told_to_leave_us_alone(
         (there, there / "conf.d/90.conf", "[keyfile]\n", ("touch", str(told))),
         (absent, tmp_path / "network/05.network", "[Match]\n", ("false",)),
     )
-    monkeypatch.setattr(netsetup, "MANAGER_FILES", files)
+    monkeypatch.setattr(managers, "FILES", files)
     await up()
     assert files[0][1].read_text() == "[keyfile]\n"
     assert not files[1][1].exists()
@@ -134,7 +134,7 @@ async def test_a_manager_that_does_not_answer_is_no_obstacle(
     network: lab.Lab, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     before = lab.dump(network.host)
-    monkeypatch.setattr(netsetup, "MANAGER_FILES", ((tmp_path, tmp_path / "90.conf", "[keyfile]\n", ("false",)),))
+    monkeypatch.setattr(managers, "FILES", ((tmp_path, tmp_path / "90.conf", "[keyfile]\n", ("false",)),))
     await up()
     assert "false" in caplog.text
     await down()
@@ -152,10 +152,10 @@ KILLER = """
 import asyncio, contextlib, json, os, signal, sys
 sys.path.insert(0, {root!r})
 from pbotvm_qemu import errors, network_commands
-from pbotvm_qemu.network import links, netsetup, uplink
+from pbotvm_qemu.network import links, managers, netsetup, uplink
 from pbotvm_qemu.config import NetworkConfig
 from tests import lab
-netsetup.MANAGER_FILES = ()
+managers.FILES = ()
 settings = NetworkConfig(dns=("45.45.45.1",))
 host, what = {host!r}, {what!r}
 networks = ["bridge"] if what == "bridge" else ["nat", "isolated"]

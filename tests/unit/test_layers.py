@@ -19,11 +19,11 @@ PACKAGE = Path(pbotvm_qemu.__file__).parent
 # A module imports only from the rows before its own.
 ROWS = (
     {"guest", "errors", "turns", "service"},
-    {"network.policy"},
+    {"network.policy", "network.steps"},
     {"network.addresses", "paths", "endpoints", "network.links", "process", "qmp", "channel", "runlog", "languages"},
     {"transports"},
     {"config"},
-    {"network.bridgehelper", "network.dhcp", "network.netfilter", "accel", "image", "state", "request", "reply", "watchdog", "pbot_guest", "metrics", "editing", "shelf"},
+    {"network.bridgehelper", "network.dhcp", "network.managers", "network.netfilter", "accel", "image", "state", "request", "reply", "watchdog", "pbot_guest", "metrics", "editing", "shelf"},
     {"network.netprobe", "network.netsetup"},
     {"net", "network.uplink"},
     {"plan", "execution", "paste"},

@@ -9,9 +9,10 @@ import sys
 from typing import TYPE_CHECKING
 
 from . import health, legacy, network, spec, system, wire
+from .child import Owner
 from .loop import Loop
 from .port import Port
-from .run import Owner, Run
+from .run import Run
 from .wire import FrameType
 
 if TYPE_CHECKING:

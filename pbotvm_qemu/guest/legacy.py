@@ -24,8 +24,8 @@ from .wire import FrameType
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from .child import Owner
     from .loop import Loop
-    from .run import Owner
 
 REQUEST_MAX = 8 << 20  # bytes of one request
 _WAITING_MAX = 16  # requests on one line that wait for the one before

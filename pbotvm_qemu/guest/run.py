@@ -6,7 +6,6 @@ import contextlib
 import fcntl
 import math
 import os
-import resource
 import signal
 import stat
 import termios
@@ -14,21 +13,21 @@ import time
 from array import array
 from collections import deque
 from enum import Enum, auto
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
-from . import system, wire
+from . import child, system, wire
 from .loop import READ, WRITE
-from .spec import OWN, REPORT_SECONDS
+from .spec import REPORT_SECONDS
 from .wire import FrameType
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from .child import Owner
     from .loop import Loop, Timer
     from .port import Port
     from .spec import RunSpec
 
-    OwnStep = Callable[[tuple[str, ...], dict[str, str]], int]
 
 _LOOK = 0.25  # seconds between two looks at a run's memory
 _STARVED = 4  # looks in a row without memory that end it
@@ -39,18 +38,6 @@ _BURST = 8  # frames of one stream in a row
 _DRAIN = 2.0  # seconds for output to end after every process was killed
 _DRAIN_KEPT = 0.2  # seconds without output after which a kept run's streams are closed: what it left may hold them
 _CORE = "core"  # what start sets core_pattern to
-_CORE_MAX = 128 << 20  # bytes of it
-_DESCRIPTORS = 4096  # more than the agent ever has open
-_PATH = "/usr/local/bin:/usr/bin:/bin:/usr/local/sbin:/usr/sbin:/sbin"
-
-
-def _own_step(argv: tuple[str, ...]) -> OwnStep | None:
-    """Return the function that does a step of our own, such as `pbotvm:build`; None for a program."""
-    if not argv[0].startswith(OWN):
-        return None
-    from .source import build  # noqa: PLC0415 - most guests never need it
-
-    return build.main
 
 
 def _waiting(fd: int) -> bool:
@@ -64,17 +51,6 @@ def _enlarge(fd: int) -> None:
     """Let pipe `fd` hold much; without room for that it stays as it is."""
     with contextlib.suppress(OSError):
         fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, _PIPE)
-
-
-class Owner:
-    """Who runs programs, and where. `uid` None: as ourselves (tests on the host)."""
-
-    def __init__(self, home: str, name: str, uid: int | None, gid: int | None, *, cgroups: bool) -> None:
-        self.home = home
-        self.name = name
-        self.uid = uid
-        self.gid = gid
-        self.cgroups = cgroups
 
 
 class _Stage(Enum):
@@ -283,7 +259,7 @@ class Run:
 
     def _spawn(self, argv: tuple[str, ...], *, last: bool) -> None:
         self._before = self._sent
-        own = _own_step(argv)  # imported before the fork, so that the snapshot has it
+        own = child.own_step(argv)  # imported before the fork, so that the snapshot has it
         stdout, stdout_child = os.pipe()
         stderr, stderr_child = os.pipe()
         error, error_child = os.pipe()
@@ -295,9 +271,18 @@ class Run:
             stdin_child = os.open("/dev/null", os.O_RDONLY)
         for fd in (stdout_child, stderr_child, *([stdin_child] if self._stdin >= 0 else [])):
             self._give(fd)  # so that the program can open /dev/stdin, /dev/stdout and /dev/stderr
+        limits = self._spec.limits
+        here = child.Surroundings(
+            directory=self._directory,
+            variables=self._spec.env,
+            owner=self._owner,
+            cgroup=self._cgroup,
+            cpu=math.ceil(limits.build if self._building and limits.build else limits.cpu or limits.wall),
+            file_size=limits.file_size,
+        )
         pid = os.fork()
         if not pid:
-            self._become(argv, own, stdin_child, stdout_child, stderr_child, error_child)
+            child.become(argv, own, here, (stdin_child, stdout_child, stderr_child), error_child)
         for fd in (stdin_child, stdout_child, stderr_child, error_child):
             os.close(fd)
         self._pid = pid
@@ -311,57 +296,6 @@ class Run:
         self._paused = True
         self.resume()
         self._feed(0)
-
-    def _become(
-        self, argv: tuple[str, ...], own: OwnStep | None, stdin: int, stdout: int, stderr: int, error: int
-    ) -> NoReturn:
-        """Turn this forked child into the program. Never returns."""
-        what = "prepare"
-        try:
-            os.setsid()
-            if self._cgroup:
-                os.write(self._cgroup.procs, b"0")
-            for fd, standard in ((stdin, 0), (stdout, 1), (stderr, 2)):
-                os.dup2(fd, standard)
-            limits = self._spec.limits
-            cpu = math.ceil(limits.build if self._building and limits.build else limits.cpu or limits.wall)
-            resource.setrlimit(resource.RLIMIT_CPU, (cpu, cpu + 1))
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limits.file_size, limits.file_size))
-            # Only a step of our own may allow its program a core file.
-            resource.setrlimit(resource.RLIMIT_CORE, (0, _CORE_MAX if own else 0))
-            if self._owner.uid is not None and self._owner.gid is not None:
-                os.setgroups([])
-                os.setresgid(self._owner.gid, self._owner.gid, self._owner.gid)
-                os.setresuid(self._owner.uid, self._owner.uid, self._owner.uid)
-            os.chdir(self._directory)
-            os.umask(0o022)
-            for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them, programs expect to die of them
-                signal.signal(number, signal.SIG_DFL)
-            what = argv[0]
-            if own:
-                os.closerange(3, _DESCRIPTORS)  # the host's channel among them
-                os._exit(own(argv, self._environment()))
-            os.execvpe(argv[0], argv, self._environment())
-        except BaseException as exc:
-            text = exc.strerror if isinstance(exc, OSError) else type(exc).__name__
-            with contextlib.suppress(OSError):
-                os.write(error, f"{what}: {text}".encode()[:500])
-        finally:
-            os._exit(127)
-
-    def _environment(self) -> dict[str, str]:
-        return {
-            "PATH": _PATH,
-            "HOME": self._directory,
-            "USER": self._owner.name,
-            "LOGNAME": self._owner.name,
-            "SHELL": "/bin/sh",
-            "LANG": "C.UTF-8",
-            "TERM": "dumb",
-            "TMPDIR": "/tmp",  # noqa: S108 - a tmpfs of this guest
-            "ASAN_OPTIONS": "detect_leaks=0",
-            **self._spec.env,
-        }
 
     def _reap(self) -> None:
         _pid, status = os.waitpid(self._pid, 0)

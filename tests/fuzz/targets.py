@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, cast
 from pbotvm_qemu import pbot_guest, request
 from pbotvm_qemu.channel import COLLECT_MAX, Channel
 from pbotvm_qemu.errors import GuestError, NeverRanError, RunLostError, UsageError
-from pbotvm_qemu.guest import agent, health, legacy, loop, network, run, spec, wire
+from pbotvm_qemu.guest import agent, child, health, legacy, loop, network, spec, wire
 from pbotvm_qemu.guest.wire import FrameType
 
 if TYPE_CHECKING:
@@ -227,7 +227,7 @@ class _Guest:
 
     def __init__(self) -> None:
         self.BadNetworkError = network.BadNetworkError
-        self.owner = run.Owner("/nonexistent", "nobody", None, None, cgroups=False)
+        self.owner = child.Owner("/nonexistent", "nobody", None, None, cgroups=False)
 
     def memory_total(self) -> int:
         return 1 << 28

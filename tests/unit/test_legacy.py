@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, cast
 import pytest
 
 from pbotvm_qemu.guest import health, legacy, wire
+from pbotvm_qemu.guest.child import Owner
 from pbotvm_qemu.guest.loop import Loop
-from pbotvm_qemu.guest.run import Owner
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

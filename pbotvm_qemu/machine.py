@@ -53,6 +53,13 @@ _LOAD_TIMEOUT = 30.0  # the state of a clone is less than a megabyte, a saved me
 _WAKE_TIMEOUT = 1.0
 _LOOK = 1.0  # seconds between two looks at a process that runs a program
 
+# ShutdownCause of QEMU's QAPI: the ends that come from the guest.
+_GUEST_ENDS = {
+    "guest-reset": "its kernel panicked or restarted",
+    "guest-panic": "its kernel panicked",
+    "guest-shutdown": "it switched itself off",
+}
+
 
 async def ready_or_dead(ready: Awaitable[T], child: process.Child, within: float) -> T | None:
     """Return what `ready` gives, or None when QEMU ends first.
@@ -118,6 +125,7 @@ class VirtualMachine:
         self._daemon: vhost_user.Daemon | None = None
         self._log: IO[bytes] | None = None
         self._log_start = 0
+        self._console_start = 0
         self._disk: IO[bytes] | None = None
         self.attachment = net.Attachment()  # what this machine has of a network
 
@@ -343,6 +351,7 @@ class VirtualMachine:
                 if console.log.stat().st_size > _LOG_MAX:
                     console.log.replace(console.log.with_suffix(".log.1"))
             console.log.touch(mode=0o600, exist_ok=True)
+            self._console_start = console.log.stat().st_size
             console.socket.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             console.socket.unlink(missing_ok=True)
             files += [console.log, console.socket.parent]
@@ -369,7 +378,33 @@ class VirtualMachine:
         """Return the end of what this QEMU, and the kernel of a clone, printed."""
         if self._log is None or self._log.closed:
             return ""
-        return tail(os.pread(self._log.fileno(), 1 << 20, self._log_start))
+        return _gist(os.pread(self._log.fileno(), 1 << 20, self._log_start))
+
+    def _console_tail(self) -> str:
+        """Return the end of what the guest's kernel printed on a console of its own."""
+        if self.plan.console is None:
+            return ""
+        try:
+            with self.plan.console.log.open("rb") as file:
+                file.seek(self._console_start)
+                return _gist(file.read(1 << 20))
+        except OSError:
+            return ""
+
+    def last_words(self) -> str:
+        """Return how this QEMU, which has ended, ended: its status, the reason it gave, and the end of its log."""
+        assert self._child
+        status = self._child.status
+        how = "it still runs" if status is None else _status_text(status)
+        reason = self._monitor.shutdown_reason if self._monitor else ""
+        if reason in _GUEST_ENDS:
+            how = f"{reason}, {_GUEST_ENDS[reason]}"
+        said = [
+            f"{whose}: {text}"
+            for whose, text in (("its log", self.log_tail()), ("the guest's console", self._console_tail()))
+            if text
+        ]
+        return "; ".join([f"QEMU died ({how})", *(said or ["its log is empty"])])
 
     # Life ------------------------------------------------------------------------------------------------------------
 
@@ -397,10 +432,8 @@ class VirtualMachine:
             await self._child.wait(1.0)
             if self._child.status is None:
                 raise
-            said = self.log_tail()
             raise RunLostError(
-                f"QEMU died ({_status_text(self._child.status)}) while the program ran"
-                + (f"; its log: {said}" if said else "; its log is empty"),
+                f"the machine was lost while the program ran: {self.last_words()}",
                 hint=f"the program may have run; the machine starts clean for the next one; see `pbotvm-qemu logs {self.name}`",
             ) from exc
 
@@ -517,6 +550,12 @@ class VirtualMachine:
 
 async def _entered(stack: AsyncExitStack, manager: AbstractAsyncContextManager[T]) -> T:
     return await stack.enter_async_context(manager)
+
+
+def _gist(printed: bytes) -> str:
+    """Return the line of what was printed in which a kernel says why it gave up, else the end."""
+    panics = [line for line in printed.splitlines() if b"Kernel panic - " in line]
+    return tail(panics[0] if panics else printed)
 
 
 def _status_text(status: int) -> str:

@@ -505,7 +505,7 @@ class Pool:
         if not reason:
             return not self._draining
         if reason == "died":
-            log.error("QEMU of machine %s died: %s", lease.clone, lease.machine.log_tail() or "its log is empty")
+            log.error("machine %s was lost: %s", lease.clone, lease.machine.last_words())
         if lease in self._ready:
             self._ready.remove(lease)  # nobody must get it while it is ended
         if lease.out or reason != "lost":

@@ -45,6 +45,7 @@ class Monitor:
 
     def __init__(self, client: QMPClient) -> None:
         self._client = client
+        self._client.events.names.add("SHUTDOWN")  # it would keep every other event, too, for ever
         self._jobs = itertools.count(1)
 
     async def execute(self, command: str, *, timeout: float = 10.0, **arguments: object) -> object:
@@ -86,6 +87,15 @@ class Monitor:
             return (int(number["major"]), int(number["minor"])) if isinstance(number, dict) else (0, 0)
         except (KeyError, TypeError, ValueError):
             return 0, 0
+
+    @property
+    def shutdown_reason(self) -> str:
+        """Why QEMU ended by itself, in the words of QAPI's ShutdownCause such as "guest-reset"; empty when it did not say."""
+        for event in self._client.events.history:
+            data = event.get("data")
+            if isinstance(data, dict) and isinstance(reason := data.get("reason"), str):
+                return reason
+        return ""
 
     async def give(self, fd: int, name: str) -> str:
         """Hand the open file `fd` to QEMU; return the migration URI by which it is reached.

@@ -73,8 +73,8 @@ class Machine:
     def die(self) -> None:
         self.exited.set_result(-9)
 
-    def log_tail(self) -> str:
-        return ""
+    def last_words(self) -> str:
+        return "QEMU died"
 
 
 @dataclasses.dataclass

@@ -124,6 +124,20 @@ async def test_lost_connection_is_told_at_once(talk: Talk) -> None:
         await monitor.execute("cont", timeout=10)
 
 
+async def test_the_reason_of_the_end_is_kept_and_no_other_event(talk: Talk) -> None:
+    qemu, monitor = talk
+    stamp: Reply = {"timestamp": {"seconds": 1, "microseconds": 0}}
+    for _ in range(1000):
+        await qemu.send({"event": "RTC_CHANGE", "data": {"offset": 1}, **stamp})
+    assert monitor.shutdown_reason == ""
+    qemu.ends_at = "stop"
+    await qemu.send({"event": "SHUTDOWN", "data": {"guest": True, "reason": "guest-reset"}, **stamp})
+    with pytest.raises(MonitorError):
+        await monitor.execute("stop", timeout=10)
+    assert monitor.shutdown_reason == "guest-reset"
+    assert len(monitor._client.events.history) == 1
+
+
 async def test_missing_greeting_ends_at_the_deadline() -> None:
     async with fake(None) as (_, sock):
         with pytest.raises(MonitorError, match="connecting to the monitor"):

@@ -24,6 +24,7 @@ logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)
 
 _FILE_URI = (9, 1)
 _NO_LIMIT = 1 << 40  # bytes a second
+_LOOK = 0.005  # seconds between two questions for a state that there is no event for
 
 
 @contextmanager
@@ -125,6 +126,17 @@ class Monitor:
         """
         await self.execute("migrate-set-parameters", max_bandwidth=_NO_LIMIT)
         await self._transfer("migrate", await self.give(fd, "save"), without_memory=without_memory, timeout=timeout)
+        # QEMU tells of the end a moment before it is through with it, and refuses `cont` until then.
+        with _translate("migrate"):
+            async with asyncio.timeout(timeout):
+                while await self._run_state() == "finish-migrate":
+                    await asyncio.sleep(_LOOK)
+
+    async def _run_state(self) -> str:
+        """Return QEMU's RunState such as "running" or "postmigrate"."""
+        answer = await self.execute("query-status")
+        state = answer.get("status") if isinstance(answer, dict) else None
+        return state if isinstance(state, str) else ""
 
     async def load_state(self, fd: int, *, without_memory: bool, timeout: float) -> None:
         """Read the state of a machine that was started with `-incoming defer`; it stays stopped.
@@ -165,8 +177,7 @@ class Monitor:
         try:
             await self.job("snapshot-load", tag=tag, vmstate=node, devices=[node], timeout=timeout)
         finally:  # the job stops the machine, and leaves it so when it fails
-            status = await self.execute("query-status")
-            if not (isinstance(status, dict) and status.get("running")):
+            if await self._run_state() != "running":
                 await self.execute("cont")
 
     async def snapshot_delete(self, tag: str, node: str, *, timeout: float) -> None:

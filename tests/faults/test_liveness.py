@@ -177,8 +177,13 @@ def provoked(env: Env, command: str, reason: str) -> None:
 
 
 def during(env: Env, code: str, fault: Callable[[int], None]) -> tuple[bytes, bytes]:
-    """Start a program, have somebody else wait, provoke the fault; return what both were told."""
+    """Start a program, provoke the fault in every QEMU; return what its caller and the next one were told.
+
+    Where there is one machine the next one waits already. Where each has a clone it comes after the fault, since its own
+    would be lost rightly.
+    """
     ready(env)
+    clones = live(env)["revert"] == "clone"
     answers: list[bytes] = [b"", b""]
 
     def call(index: int, what: str) -> None:
@@ -192,9 +197,15 @@ def during(env: Env, code: str, fault: Callable[[int], None]) -> tuple[bytes, by
         assert time.monotonic() < until
         time.sleep(0.02)
     second = threading.Thread(target=call, args=(1, "echo served"))
-    second.start()
+    if not clones:
+        second.start()
+        while first.is_alive() and not live(env)["waiting"]:
+            assert time.monotonic() < until
+            time.sleep(0.02)
     for pid in qemus(env["XDG_DATA_HOME"]):
         fault(pid)
+    if clones:
+        second.start()
     first.join(LONG)
     second.join(LONG)
     return answers[0], answers[1]

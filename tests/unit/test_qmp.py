@@ -189,7 +189,7 @@ async def test_job_that_fails_says_why_and_is_dismissed(talk: Talk) -> None:
 async def test_machine_runs_on_when_a_snapshot_cannot_be_loaded(talk: Talk) -> None:
     qemu, monitor = talk
     qemu.script["snapshot-load"] = {"error": {"class": "GenericError", "desc": "cannot"}}
-    qemu.script["query-status"] = {"return": {"running": False}}
+    qemu.script["query-status"] = {"return": {"running": False, "status": "restore-vm"}}
     with pytest.raises(MonitorError, match="cannot"):
         await monitor.snapshot_load("1", "disk0", timeout=10)
     assert qemu.seen[-1]["execute"] == "cont"
@@ -242,6 +242,19 @@ async def test_a_later_qemu_gets_a_descriptor_set(tmp_path: Path) -> None:
         with (tmp_path / "state").open("w+b") as file:
             await monitor.save_state(file.fileno(), without_memory=False, timeout=5)
         assert {"uri": "file:/dev/fdset/4"} in [item.get("arguments") for item in qemu.seen]
+
+
+async def test_a_saved_machine_can_go_on_when_save_state_returns(talk: Talk, tmp_path: Path) -> None:
+    """After the event of the end QEMU still refuses `cont` for a moment: "Migration is not finalized yet"."""
+    qemu, monitor = talk
+    transfer(qemu, "migrate", "completed")
+    qemu.script["query-status"] = {"return": {"running": False, "status": "finish-migrate"}}
+    later: Reply = {"return": {"running": False, "status": "postmigrate"}}
+    asyncio.get_running_loop().call_later(0.1, qemu.script.update, {"query-status": later})
+    with (tmp_path / "state").open("w+b") as file:
+        await monitor.save_state(file.fileno(), without_memory=True, timeout=10)
+    assert qemu.script["query-status"] is later
+    assert [command["execute"] for command in qemu.seen].count("query-status") > 1
 
 
 async def test_a_state_that_does_not_fit_is_told_in_qemus_words(talk: Talk, tmp_path: Path) -> None:

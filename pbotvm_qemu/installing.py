@@ -46,6 +46,7 @@ class Change:
     kept: bool  # whether a keeper starts its next clones from the new template
     left: tuple[Path, ...]  # what is still used of the old template; `prune` removes it afterwards
     remark: str  # what the keeper could not do, and what to type; usually empty
+    late: bool  # somebody wanted to end it when it was in place already
 
 
 async def add(config: Config, text: str, progress: Progress) -> Change:
@@ -53,7 +54,8 @@ async def add(config: Config, text: str, progress: Progress) -> Change:
 
     Raises UnknownLanguageError for a language that is unknown, StateError when there is nothing to add, the machine is
     being changed or kept in a way that cannot go on meanwhile, and GuestError that names the sample that failed. The
-    machine is as before after any of them.
+    machine is as before after any of them, and after a cancellation. One that comes when the new template is in place
+    already is not followed; `late` of the answer tells of it.
     """
     registry = Registry.load(paths.user_languages())
     chosen = registry.select(text)
@@ -118,17 +120,33 @@ async def _change(
         fresh = dataclasses.replace(fresh, state="ready", created=record.created)
         progress("putting it in place", _TRIED)
         await _swap(record, fresh)
-    except OSError as exc:
-        shutil.rmtree(home, ignore_errors=True)
-        raise HostError(f"cannot make the new template: {exc.strerror}", hint="check free space") from exc
-    except BaseException:
-        if state.files(record.name).build != build:
+    except BaseException as exc:
+        in_place = state.files(record.name).build == build
+        if not in_place:
             shutil.rmtree(home, ignore_errors=True)
-        raise
-    kept, remark = await _tell_keeper(record.name)
-    left = await _sweep(fresh)
+        if isinstance(exc, OSError) and not in_place:
+            raise HostError(f"cannot make the new template: {exc.strerror}", hint="check free space") from exc
+        if not isinstance(exc, asyncio.CancelledError) or not in_place:
+            raise
+        late = True
+    else:
+        late = False
+    # The machine is the new one now; whoever keeps it must not be left without knowing.
+    rest = asyncio.ensure_future(_settle(fresh))
+    try:
+        kept, remark, left = await asyncio.shield(rest)
+    except asyncio.CancelledError:
+        late = True
+        progress("in place already, telling who keeps it", _TRIED)
+        kept, remark, left = await rest
     progress("ready", 1.0)
-    return Change(fresh, added, removed, built, round(time.monotonic() - begin, 1), kept, left, remark)
+    return Change(fresh, added, removed, built, round(time.monotonic() - begin, 1), kept, left, remark, late)
+
+
+async def _settle(fresh: state.MachineRecord) -> tuple[bool, str, tuple[Path, ...]]:
+    """Do what is left when machine `fresh` is in place: tell its keeper, and delete the old template."""
+    kept, remark = await _tell_keeper(fresh.name)
+    return kept, remark, await _sweep(fresh)
 
 
 async def _check_possible(record: state.MachineRecord) -> None:

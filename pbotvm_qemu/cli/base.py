@@ -8,7 +8,7 @@ import json
 import logging
 import signal
 import sys
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Optional, cast
 
 import typer
 
@@ -102,9 +102,14 @@ def config_for(name: str | None = None, **changes: object) -> Config:
 
 
 def until_done(work: Coroutine[object, object, T]) -> T:
-    """Run `work` to its end; Ctrl-C and SIGTERM cancel it, so that it can clean up."""
+    """Run `work` to its end; Ctrl-C and SIGTERM cancel it, so that it can clean up. A second Ctrl-C does not wait for that.
 
-    async def guarded() -> T:
+    Raises KeyboardInterrupt afterwards, with a text when things may be left behind.
+    """
+    interrupted = False
+
+    async def guarded() -> T | None:
+        nonlocal interrupted
         task = asyncio.ensure_future(work)
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGHUP):
@@ -112,9 +117,16 @@ def until_done(work: Coroutine[object, object, T]) -> T:
         try:
             return await task
         except asyncio.CancelledError:
-            raise KeyboardInterrupt from None
+            interrupted = True
+            return None
 
-    return asyncio.run(guarded())
+    try:
+        answer = asyncio.run(guarded())
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("interrupted while cleaning up; `pbotvm-qemu prune` removes what was left") from None
+    if interrupted:
+        raise KeyboardInterrupt
+    return cast("T", answer)
 
 
 def say(text: str) -> None:

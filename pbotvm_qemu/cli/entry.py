@@ -69,8 +69,8 @@ def main() -> None:
         _refuse(_understandable(exc))
     except PbotVMError as exc:
         _refuse(exc)
-    except KeyboardInterrupt:
-        typer.secho("interrupted; nothing was left behind", err=True)
+    except KeyboardInterrupt as exc:
+        typer.secho(str(exc) or "interrupted; nothing was left behind", err=True)
         sys.exit(130)
     except BrokenPipeError:  # whoever read our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

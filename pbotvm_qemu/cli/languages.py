@@ -110,6 +110,8 @@ def _show_change(change: Change, *, as_json: bool) -> None:
     from pbotvm_qemu import commands
 
     name = change.record.name
+    if change.late:
+        say("the interrupt came too late: the new template is in place; `pbotvm-qemu languages` adds and removes")
     if as_json:
         more = {"added": change.added, "removed": change.removed, "seconds": change.seconds, "kept": change.kept,
                 "left": change.left, "remark": change.remark}  # fmt: skip

@@ -21,16 +21,17 @@ from pbotvm_qemu.languages import Registry
 C11 = Registry.load().find("c11")
 OPTIONS = ["-std=gnu11", "-trigraphs", "-w", "-O0", "-fno-diagnostics-show-caret"]
 PRELUDE = Path(c.__file__).parent
+COMPILER = ["gcc", "-isystem", str(PRELUDE), *OPTIONS]
 HEADERS = "".join(f"#define {define}\n" for define in C11.defines) + "".join(f"#include <{h}>\n" for h in C11.headers)
-LINES = [
-    line
-    for line in Path(__file__)
-    .with_name("snippets.txt")
-    .read_text("utf-8")
-    .replace("\\\n", "\\\N{SYMBOL FOR NEWLINE}")
-    .splitlines()
-    if line and not re.match(r"# |#$", line)
-]
+
+
+def lines_of(name: str) -> list[str]:
+    """Return the snippets of the file `name` beside this one."""
+    text = Path(__file__).with_name(name).read_text("utf-8").replace("\\\n", "\\\N{SYMBOL FOR NEWLINE}")
+    return [line for line in text.splitlines() if line and not re.match(r"# |#$", line)]
+
+
+LINES = lines_of("snippets.txt")
 
 
 class Result(NamedTuple):
@@ -50,13 +51,13 @@ def parts(line: str) -> tuple[str, str, bool]:
     return (outside, inside, whole) if mark else ("", text, whole)
 
 
-def by_hand(line: str) -> str:
+def by_hand(line: str, headers: str = HEADERS) -> str:
     outside, inside, whole = parts(line)
     text = outside + inside if whole else ""
     if not whole:
         ended = inside if inside.rstrip().endswith((";", "}", "#endif")) or "unterminated" in inside else f"{inside};"
         text = f"{outside}\nint main(int argc, char *argv[]) {{\n{ended}\n; return 0; }}\n"
-    return text if "#include" in outside + inside or "%:include" in text else HEADERS + text
+    return text if "#include" in outside + inside or "%:include" in text else headers + text
 
 
 def typed(line: str) -> str:
@@ -68,10 +69,15 @@ def prepared(text: str) -> str:
     return c.prepare(text, c.Options(cpp=False, file="prog.c", headers=C11.headers, defines=C11.defines)).text
 
 
-def run(program: str) -> Result:
+def chatted(text: str) -> str:
+    """Return `text` as somebody types it into a chat, where no line ends."""
+    return text.replace("\\\n", "\\\0").replace("\n", "\\n").replace("\\\0", "\\\n")
+
+
+def run(program: str, compiler: list[str] = COMPILER, source: str = "prog.c") -> Result:
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "prog.c").write_text(program, "utf-8")
-        argv = ["gcc", "-isystem", str(PRELUDE), *OPTIONS, "prog.c", "-lm", "-o", "prog"]
+        (Path(folder) / source).write_text(program, "utf-8")
+        argv = [*compiler, source, "-lm", "-o", "prog"]
         for more in ([], ["-DPBOTVM_PLAIN"]):  # as the step that compiles does
             built = subprocess.run([*argv, *more], cwd=folder, capture_output=True, text=True, check=False, timeout=60)
             if not built.returncode:
@@ -97,7 +103,7 @@ def results() -> dict[str, tuple[Result, Result, Result]]:
 
     def all_three(line: str) -> tuple[Result, Result, Result]:
         text = typed(line)
-        chat = text.replace("\\\n", "\\\0").replace("\n", "\\n").replace("\\\0", "\\\n")
+        chat = chatted(text)
         first, second = run(by_hand(line)), run(prepared(text))
         return first, second, second if prepared(chat) == prepared(text) else run(prepared(chat))
 

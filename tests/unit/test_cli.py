@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
+import signal
 import subprocess
 import sys
 from typing import TYPE_CHECKING
@@ -142,3 +144,20 @@ def test_machines_are_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     (tmp_path / "pbotvm-qemu" / "machines" / "mine").mkdir(parents=True)
     assert base.complete_machine("mi") == ["mine"]
     assert base.complete_machine("x") == []
+
+
+def test_a_second_interrupt_does_not_say_that_nothing_is_left() -> None:
+    async def work(*, again: bool) -> None:
+        try:
+            signal.raise_signal(signal.SIGINT)
+            await asyncio.sleep(60)
+        finally:
+            if again:
+                signal.raise_signal(signal.SIGINT)
+            await asyncio.sleep(0)
+
+    with pytest.raises(KeyboardInterrupt) as once:
+        base.until_done(work(again=False))
+    assert not str(once.value)
+    with pytest.raises(KeyboardInterrupt, match="prune"):
+        base.until_done(work(again=True))

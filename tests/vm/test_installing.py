@@ -6,10 +6,12 @@ The languages of these tests are shells under other names, with the packages of 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
 import threading
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +22,7 @@ from pbotvm_qemu.languages import Registry
 from tests.support import assert_refused, cli, cli_json, environment, machine_qemus, popen, qemus
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 pytestmark = pytest.mark.vm
 
@@ -175,6 +177,70 @@ def test_whoever_is_interrupted_leaves_the_old_machine(kept: Env, how: signal.Si
     assert (homes(kept), languages(kept)) == before
     assert {*qemus(f"machines/{NAME}/")} <= {*machine_qemus(kept)}, "no QEMU of the new template is left"
     assert run(kept, "one") == "served by one\n"
+
+
+def test_an_interrupt_before_the_swap_leaves_the_old_machine(small: Env) -> None:
+    """It waits for somebody who has the machine alone, and so is interrupted at the last moment before."""
+    before = (homes(small), languages(small))
+    define(small, "six")
+    with popen(
+        small, "exec", "--revert", "restart", "--timeout", "1800", "-lang=one", "echo begun; sleep 1800"
+    ) as alone:
+        assert alone.stdout
+        assert alone.stdout.readline() == b"begun\n"
+        with popen(small, "languages", "add", "six") as change:
+            said = until(change, b"putting it in place")
+            change.send_signal(signal.SIGINT)
+            said += change.stderr.read() if change.stderr else b""
+        alone.send_signal(signal.SIGINT)
+    assert change.returncode == 130, said
+    assert said.endswith(b"interrupted; nothing was left behind\n"), said
+    assert (homes(small), languages(small)) == before
+    assert "nothing was left behind" in cli(small, "prune").stdout.decode()
+    assert run(small, "one") == "served by one\n"
+
+
+def test_an_interrupt_after_the_swap_comes_too_late(kept: Env) -> None:
+    """The keeper stands still, and so it is interrupted between the swap and the keeper's learning of it."""
+    define(kept, "six")
+    keeper = cli_json(kept, "status", "--json")["pid"]
+    with popen(kept, "languages", "add", "six") as change:
+        said = until(change, b"trying six")
+        os.kill(keeper, signal.SIGSTOP)
+        try:
+            said += until(change, b"putting it in place")
+            until_true(lambda: "six" in json.loads((folder(kept) / "machine.json").read_text())["languages"])
+            change.send_signal(signal.SIGINT)
+            said += until(change, b"in place already")
+        finally:
+            os.kill(keeper, signal.SIGCONT)
+        said += change.stderr.read() if change.stderr else b""
+    assert change.returncode == 0, said
+    assert b"the interrupt came too late" in said, said
+    assert f"machine {NAME} has six now".encode() in said, said
+    assert b"from its next clone on" in said, said
+    assert b"nothing was left behind" not in said, said
+    assert run(kept, "six") == "served by six\n"
+    cli(kept, "prune")
+    assert len(homes(kept)) == 1, "the old template is gone"
+
+
+def until(process: subprocess.Popen[bytes], words: bytes) -> bytes:
+    """Return what the process says on standard error up to the line with `words`."""
+    said = b""
+    assert process.stderr
+    for line in process.stderr:
+        said += line
+        if words in line:
+            return said
+    raise AssertionError(said)
+
+
+def until_true(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 def test_a_machine_on_its_own_disk_is_told_to_stop_first(small: Env) -> None:

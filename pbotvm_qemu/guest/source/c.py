@@ -345,11 +345,18 @@ class _Writer:
                 at = tokens.match[at] + 1
                 continue
             at += 1
-            if mark in (";", "{", "}") and tokens[at] not in (";", ","):
+            if mark in (";", "{", "}") and tokens[at] not in (";", ",") and not self._told(begin):
                 self._write(begin, at)
                 begin = at
         if begin < last:
             self._write(begin, last)
+
+    def _told(self, first: int) -> bool:
+        """Tell whether a statement that begins with token `first` can have no place of its own any more."""
+        if self._breaks >= _BREAKS_MAX:
+            return True
+        following = self._lines[self._line] if self._line < len(self._lines) else len(self._text)
+        return self._part == _PARTS_MAX and self._copied >= 0 and self._tokens.start[first] < following
 
     def _compound(self, at: int) -> bool:
         """Tell whether the brace opens statements, not a value or a type."""
@@ -362,13 +369,16 @@ class _Writer:
         self._copy(first, last)
 
     def _remember(self, first: int, last: int) -> None:
+        place = f"{self._part}:{self._line}"
+        if place in self._statements:
+            return
         begin = self._tokens.start[first]
         end = min(self._tokens.end[last - 1], begin + 2 * _STATEMENT_MAX)
         said = " ".join(self._text[begin:end].split())
         at_end = last == len(self._tokens) and said[-1:] not in (";", "}")
         said += ";" if self._tokens[last] == ";" or at_end else ""
         said = _EMPTY.sub(";", said)
-        self._statements.setdefault(f"{self._part}:{self._line}", said[:_STATEMENT_MAX])
+        self._statements[place] = said[:_STATEMENT_MAX]
 
     def _place(self, first: int, *, always: bool = False) -> None:
         """Say where in the caller's text token `first` stands."""

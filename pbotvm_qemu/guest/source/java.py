@@ -65,9 +65,7 @@ def _piece(tokens: Tokens, first: int) -> tuple[int, int]:
         while at < len(tokens) and tokens[at] != ";":
             at += 1
         return _IMPORT, min(at + 1, len(tokens))
-    at = first
-    while tokens[at] in _MODIFIERS:
-        at += 1
+    at = _declared(tokens, first)
     if tokens[at] in _TYPES and tokens.is_word(at + 1):
         while at < len(tokens) and tokens[at] not in ("{", ";"):
             at += 1
@@ -103,6 +101,25 @@ def _piece(tokens: Tokens, first: int) -> tuple[int, int]:
     return _STATEMENT, len(tokens)
 
 
+def _declared(tokens: Tokens, first: int) -> int:
+    """Return the token after the modifiers and annotations at `first`."""
+    at = first
+    while at < len(tokens):
+        if tokens[at] in _MODIFIERS:
+            at += 1
+        elif tokens[at] == "@" and tokens.is_word(at + 1) and tokens[at + 1] != "interface":
+            at += 2
+            while tokens[at] == "." and tokens.is_word(at + 1):
+                at += 2
+            if tokens[at] == "(" and tokens.match[at] > at:
+                at = tokens.match[at] + 1
+        elif tokens[at] == "@" and tokens[at + 1] == "interface":
+            return at + 1
+        else:
+            break
+    return at
+
+
 def _classes(tokens: Tokens, parts: Sequence[tuple[int, int, int]]) -> tuple[str, str]:
     """Return the public class, which names the file, and the one with `main`."""
     public, main, first_class = "", "", ""
@@ -111,7 +128,7 @@ def _classes(tokens: Tokens, parts: Sequence[tuple[int, int, int]]) -> tuple[str
             continue
         name = next((tokens[at + 1] for at in range(first, last) if tokens[at] in _TYPES), "")
         first_class = first_class or name
-        if tokens[first] == "public":
+        if any(tokens[at] == "public" for at in range(first, _declared(tokens, first))):
             public = name
         if not main and any(tokens[at] == "main" and tokens[at + 1] == "(" for at in range(first, last)):
             main = name

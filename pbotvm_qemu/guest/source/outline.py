@@ -36,6 +36,12 @@ DECLARING = frozenset(
 _ASSIGNING = frozenset("= += -= *= /= %= &= |= ^= <<= >>=".split())
 _EXPRESSION = frozenset("( * & ++ -- + - ! ~ {".split())
 _AFTER_OPERAND = _ASSIGNING | frozenset("( [ . -> ++ -- << ; ? + - / % | || ^ == != <= >=".split())
+_NEVER_LOCAL = frozenset({"constinit", "inline"})
+_STATIC = frozenset({"static", "thread_local", "namespace"})
+_AFTER_NAME = frozenset({"=", ";", "{"})
+_AFTER_LIST = frozenset({"(", "[", ","})
+_NOT_A_TYPE = _NOT_A_NAME | {"using", "enum", "typename", "namespace", "not", "compl"}
+_BEFORE_NAME = frozenset({"*", "&", "&&", ">"})
 _OLD_STYLE_MAX = 200  # tokens of parameter declarations in front of a body
 _DEFINE = re.compile(r"\s*\w*define\s+([A-Za-z_]\w*)(\(?)")
 
@@ -229,11 +235,38 @@ class _Reader:
         """Return what ends with the `;` at `end`."""
         tokens = self._tokens
         word = tokens[first]
-        if word in _OUTSIDE_ONLY and self._cpp:
+        if self._cpp and (word in _OUTSIDE_ONLY or (not self._executes(first) and self._defines_member(first, end))):
             return BLOCK
         if word in _TYPES and tokens[end - 1] == "}" and tokens[tokens.match[end - 1] - 1] != "=":
             return TYPE
         return STATEMENT if self._executes(first) else DECLARATION
+
+    def _defines_member(self, first: int, end: int) -> bool:
+        """Tell whether a declaration can stand in no function: `int s::n = 4;`, `constinit int n = 4;`."""
+        tokens = self._tokens
+        begin = {tokens[index] for index in range(first, min(first + 4, end))}
+        if begin & _NEVER_LOCAL and not begin & _STATIC:
+            return True
+        at, depth = first, 0
+        while at < end and (tokens[at] not in _AFTER_NAME if depth else tokens[at] not in _AFTER_NAME | _AFTER_LIST):
+            depth += (tokens[at] == "<") - (tokens[at] == ">")
+            at += 1
+        name = at - 1
+        if not tokens.is_word(name) or tokens[name - 1] != "::":
+            return False
+        while name > first and tokens[name - 1] == "::":  # back to where the qualified name begins
+            name = self._before_angles(first, name - 2)
+        before = tokens[name - 1]
+        return name > first and (before in _BEFORE_NAME or (tokens.is_word(name - 1) and before not in _NOT_A_TYPE))
+
+    def _before_angles(self, first: int, at: int) -> int:
+        """Return the name that the token `at` belongs to: itself, or what stands before its `<...>`."""
+        tokens = self._tokens
+        depth = 0
+        while at > first and (depth or tokens[at] == ">"):
+            depth += (tokens[at] == ">") - (tokens[at] == "<")
+            at -= 1
+        return at
 
     def _executes(self, first: int) -> bool:
         """Tell whether a piece can stand in a function only."""

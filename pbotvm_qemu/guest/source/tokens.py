@@ -62,6 +62,7 @@ class Tokens:
     def __init__(self, text: str, *, java: bool = False) -> None:
         self.text = text
         self.kind = bytearray()
+        self.mark: list[str] = []  # a mark as it is usually spelled; empty for other tokens
         self.start = array("I")
         self.end = array("I")
         self.directives: list[tuple[int, int, int]] = []  # first character, one past the last, number of tokens before
@@ -75,10 +76,9 @@ class Tokens:
 
     def __getitem__(self, index: int) -> str:
         """Return token `index` as it is usually spelled; an empty text beyond the end."""
-        if not 0 <= index < len(self.kind):
+        if not 0 <= index < len(self.mark):
             return ""
-        word = self.text[self.start[index] : self.end[index]]
-        return _SAME.get(word, word)
+        return self.mark[index] or self.text[self.start[index] : self.end[index]]
 
     def is_word(self, index: int) -> bool:
         """Tell whether token `index` is an identifier or keyword."""
@@ -105,6 +105,8 @@ class Tokens:
             else:
                 fresh = False
                 self.kind.append(kind)
+                said = self.text[begin:end] if kind == MARK else ""
+                self.mark.append(_SAME.get(said, said))
                 self.start.append(begin)
                 self.end.append(end)
         if directive >= 0:
@@ -122,11 +124,8 @@ class Tokens:
         match = array("i", bytes(4 * len(self.kind)))
         stack: list[tuple[str, int]] = []
         waiting = dict.fromkeys(_CLOSE, 0)  # how many in the stack wait for each: whether it is worth a look
-        for index in range(len(self.kind)):
+        for index, mark in enumerate(self.mark):
             match[index] = -1
-            if self.kind[index] != MARK:
-                continue
-            mark = self[index]
             if mark in _OPEN:
                 stack.append((mark, index))
                 waiting[_OPEN[mark]] += 1

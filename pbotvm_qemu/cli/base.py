@@ -101,10 +101,10 @@ def config_for(name: str | None = None, **changes: object) -> Config:
     return changed
 
 
-def until_done(work: Coroutine[object, object, T]) -> T:
+def until_done(work: Coroutine[object, object, T], *, undone: str = "") -> T:
     """Run `work` to its end; Ctrl-C and SIGTERM cancel it, so that it can clean up. A second Ctrl-C does not wait for that.
 
-    Raises KeyboardInterrupt afterwards, with a text when things may be left behind.
+    Raises Interrupted afterwards, with the text `undone`: how things are then.
     """
     interrupted = False
 
@@ -123,10 +123,14 @@ def until_done(work: Coroutine[object, object, T]) -> T:
     try:
         answer = asyncio.run(guarded())
     except KeyboardInterrupt:
-        raise KeyboardInterrupt("interrupted while cleaning up; `pbotvm-qemu prune` removes what was left") from None
+        raise Interrupted("interrupted while cleaning up; `pbotvm-qemu prune` removes what was left") from None
     if interrupted:
-        raise KeyboardInterrupt
+        raise Interrupted(f"interrupted; {undone}" if undone else "interrupted")
     return cast("T", answer)
+
+
+class Interrupted(BaseException):
+    """Ctrl-C or SIGTERM, and what became of the work. Typer ends without a word at a KeyboardInterrupt."""
 
 
 def say(text: str) -> None:

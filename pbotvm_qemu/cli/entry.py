@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 import typer
 
-from pbotvm_qemu.cli.base import app, print_json
+from pbotvm_qemu.cli.base import Interrupted, app, print_json
 from pbotvm_qemu.errors import USAGE, PbotVMError, UsageError
 
 
@@ -69,8 +69,8 @@ def main() -> None:
         _refuse(_understandable(exc))
     except PbotVMError as exc:
         _refuse(exc)
-    except KeyboardInterrupt as exc:
-        typer.secho(str(exc) or "interrupted; nothing was left behind", err=True)
+    except Interrupted as exc:
+        typer.secho(str(exc), err=True)
         sys.exit(130)
     except BrokenPipeError:  # whoever read our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

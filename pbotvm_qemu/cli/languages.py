@@ -83,6 +83,7 @@ def show_language(
             typer.echo(f"{key + ':':16} {shown}")
 
 
+_UNDONE = "the machine is as it was"
 Wanted = Annotated[list[str], typer.Argument(help="Languages or sets.", autocompletion=complete_language)]
 
 
@@ -92,7 +93,7 @@ def add_languages(names: Wanted, *, vm: Machine = None, as_json: Json = False) -
     from pbotvm_qemu import installing
 
     with progress() as on_progress:
-        change = until_done(installing.add(config_for(vm), ",".join(names), on_progress))
+        change = until_done(installing.add(config_for(vm), ",".join(names), on_progress), undone=_UNDONE)
     _show_change(change, as_json=as_json)
 
 
@@ -102,7 +103,7 @@ def remove_languages(names: Wanted, *, vm: Machine = None, as_json: Json = False
     from pbotvm_qemu import installing
 
     with progress() as on_progress:
-        change = until_done(installing.remove(config_for(vm), names, on_progress))
+        change = until_done(installing.remove(config_for(vm), names, on_progress), undone=_UNDONE)
     _show_change(change, as_json=as_json)
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from pbotvm_qemu.cli.base import (
+    Interrupted,
     Json,
     Name,
     app,
@@ -76,7 +77,9 @@ def create(
         return
     with progress() as on_progress:
         begin = time.monotonic()
-        record = until_done(creation.create(config, languages, on_progress, force=force))
+        record = until_done(
+            creation.create(config, languages, on_progress, force=force), undone="nothing was left behind"
+        )
         seconds = time.monotonic() - begin
     if as_json:
         print_json(commands.summary(record.name) | {"seconds": round(seconds, 1)})
@@ -138,7 +141,7 @@ def top(
     """Show live figures of a kept machine and of each of its QEMU processes."""
     wanted = config_for(name).machine.name
     endless = count is None and sys.stdout.isatty() and not as_json
-    with contextlib.suppress(KeyboardInterrupt):
+    with contextlib.suppress(Interrupted):
         until_done(_top(wanted, interval, None if endless else count or 1, as_json=as_json))
 
 
@@ -193,7 +196,7 @@ def console(name: Name = None) -> None:
     from pbotvm_qemu import execution
 
     wanted = config_for(name).machine.name
-    with contextlib.suppress(KeyboardInterrupt):
+    with contextlib.suppress(Interrupted):
         until_done(execution.watch_console(wanted, sys.stdout.buffer))
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from pbotvm_qemu.languages import SETS
+from pbotvm_qemu.languages import SETS, Registry
 from tests.support import cli, cli_json
 
 if TYPE_CHECKING:
@@ -146,8 +146,34 @@ def test_many_snippets_in_one_guest(vm_env: Env) -> None:
         assert (hand["exit_code"], hand["stdout"]) == (ours["exit_code"], ours["stdout"]), line
 
 
+def test_the_first_run_of_each_language_reads_nothing_from_the_disk(kept_env: Env) -> None:
+    """What a first run needs is in the template's memory: `create` has run it. Only translated code is not."""
+    session = cli(kept_env, "session", "open").stdout.decode().strip()
+
+    def counts() -> dict[str, int]:
+        said = cli(kept_env, "exec", "--session", session, "-lang=sh", "cat /proc/vmstat").stdout.decode()
+        return {name: int(value) for name, value in map(str.split, said.splitlines())}
+
+    try:
+        counts()
+        before = counts()
+        for name in SETS["core"]:
+            code = Registry.load().find(name).sample_code
+            ran = cli_json(
+                kept_env, "exec", "--json", "--session", session, "--timeout", PATIENCE, f"-lang={name}", code
+            )
+            assert ran["output"] == "hello world\n"
+        after = counts()
+    finally:
+        cli(kept_env, "session", "end", session)
+    assert after["pgfault"] > before["pgfault"] + 10_000, "the counters count"
+    read = after["pgpgin"] - before["pgpgin"]
+    assert read < 256, f"{read} KiB: the programs themselves have many times that"
+    assert after["pgmajfault"] - before["pgmajfault"] < 8
+
+
 @pytest.mark.parametrize("piece", ["{", "a(b)c;", "/*"])
-def test_a_megabyte_of_nonsense_ends_with_an_answer(vm_env: Env, tmp_path: Path, piece: str) -> None:
+def test_a_quarter_of_a_megabyte_of_nonsense_ends_with_an_answer(vm_env: Env, tmp_path: Path, piece: str) -> None:
     file = tmp_path / "nonsense.c"
     file.write_text(piece * (250_000 // len(piece)))
     report = cli_json(vm_env, "exec", "--json", "--timeout", "60", "-lang=c11", "--file", str(file))

@@ -2,7 +2,8 @@
 
 Three languages of the machine get another meaning here: the prepare step of C, of C++ or of Java, and `true` in place
 of the compiler and of the program. What is measured is the way of the text to the step, and the step.
-`PBOTVM_TEST_SHAPES` (such as 99) tries that many shapes of text with each of them instead of one.
+`PBOTVM_TEST_SHAPES` (such as 99) tries that many shapes of text with each of them instead of one: under emulation all
+of them take half an hour.
 """
 
 from __future__ import annotations
@@ -25,11 +26,10 @@ pytestmark = pytest.mark.vm
 
 Env = dict[str, str]
 AS = {"c": "c11", "c++": "bc", "java": "lua"}  # which language of the machine stands for what
-# The first is of those that take longest for that language.
 SHAPES = {
-    "c": ["{", "<%", "/*", '"', "(", "a(b)c;", "f(){}", "{;\n", "??<", "#if\n", "'", "// \\\n"],
-    "c++": ["<%", "{", "/*", 'R"(', "(", "a(b)c;", "f(){}", "template<", "{;\n", "operator", "a<", '"'],
-    "java": ["/*", "{", '"""', "(", "a(b)c;", "f(){}", "class A{", "int a,", "{;\n", "@", '"', "'"],
+    "c": ["<%", "{", "/*", '"', "(", "a(b)c;", "f(){}", "{;\n", "??<", "#if\n", "'", "// \\\n"],
+    "c++": ['R"(', "<%", "{", "/*", "(", "a(b)c;", "f(){}", "template<", "{;\n", "operator", "a<", '"'],
+    "java": ['"', "{", '"""', "/*", "(", "a(b)c;", "f(){}", "class A{", "int a,", "{;\n", "@", "'"],
 }
 TRIED = int(os.environ.get("PBOTVM_TEST_SHAPES", "1"))
 CASES = [(kind, shape) for kind, shapes in SHAPES.items() for shape in shapes[:TRIED]]
@@ -74,7 +74,7 @@ def prepare(env: Env, kind: str, text: str, file: Path) -> Cost:
 def nothing(prepare_env: Env, tmp_path_factory: pytest.TempPathFactory) -> Cost:
     """What a run costs by itself."""
     file = tmp_path_factory.mktemp("empty") / "text"
-    return min(prepare(prepare_env, kind, "int x;", file) for kind in AS)
+    return prepare(prepare_env, "c", "int x;", file)
 
 
 @pytest.mark.parametrize(("kind", "shape"), CASES, ids=repr)

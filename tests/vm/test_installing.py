@@ -185,11 +185,12 @@ def test_an_interrupt_before_the_swap_leaves_the_old_machine(small: Env) -> None
     before = (homes(small), languages(small))
     define(small, "six")
     lock = Path(small["XDG_RUNTIME_DIR"]) / "pbotvm-qemu" / "machines" / f"{NAME}.lock"
-    with lock.open("w") as alone, popen(small, "languages", "add", "six") as change:
+    with lock.open("w") as alone:
         fcntl.flock(alone, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        said = until(change, b"putting it in place")
-        change.send_signal(signal.SIGINT)
-        said += change.stderr.read() if change.stderr else b""
+        with popen(small, "languages", "add", "six") as change:
+            said = until(change, b"putting it in place")
+            change.send_signal(signal.SIGINT)
+            said += change.stderr.read() if change.stderr else b""
     assert change.returncode == 130, said
     assert said.endswith(b"interrupted; the machine is as it was\n"), said
     assert (homes(small), languages(small)) == before

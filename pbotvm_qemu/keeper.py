@@ -236,9 +236,14 @@ def prepare(record: state.MachineRecord, config: Config) -> plan.Plan:
 
 
 def today(record: state.MachineRecord, config: Config) -> MachineConfig:
-    """Return the hardware of `record` with the ports that the environment or the command line wants."""
+    """Return the hardware of `record` with the ports and the context id that the environment or the command line wants.
+
+    Its agent listens on the vsock port that it was made with, but 0 is no such port: then vsock is not used.
+    """
     hardware = config.machine
-    changes = {name: getattr(hardware, name) for name in ("serial", "health") if name in config.explicit}
+    changes = {name: getattr(hardware, name) for name in ("serial", "health", "cid") if name in config.explicit}
+    if "vport" in config.explicit and not hardware.vport:
+        changes["cid"] = 0
     return dataclasses.replace(record.machine, **changes)
 
 

@@ -299,7 +299,7 @@ class VirtualMachine:
         assert self._port
         ways: list[transports.Transport] = []
         cold = plan.boot and not plan.loadvm  # nobody listens there before the guest is up, and its port tells when
-        if plan.vsock and not cold:
+        if plan.vsock and plan.config.cid and not cold:
             ways.append(transports.Vsock(self._cid, plan.config.vport))
         ways.append(transports.VirtioSerial(self._port))
         if self._daemon:

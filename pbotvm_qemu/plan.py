@@ -36,6 +36,7 @@ DISK = "disk0"  # block node of the machine's qcow2 file
 _AGENT_PORT = "org.pbotvm.agent"
 _VSOCK = "/dev/vhost-vsock"
 _VHOST_VSOCK_SET_GUEST_CID = 0x4008AF60  # linux/vhost.h: _IOW(VHOST_VIRTIO, 0x60, __u64)
+_CID_FIRST = 3  # the kernel keeps those below for itself
 _CID_TRIES = 4096
 _SYSTEM_USERS = ("pbotvm", "nobody")
 _OVERLAY_SET = 1  # numbers of the descriptor sets that QEMU opens as /dev/fdset/N
@@ -408,14 +409,16 @@ def has_vsock() -> bool:
 def open_vsock(cid: int) -> tuple[int, int]:
     """Return a descriptor of the vsock device and the context id that it holds: `cid`, or the next one that is free.
 
-    The kernel keeps the id for that descriptor, so between the look and QEMU's start nobody else can take it. Raises
+    A machine that was made with the device cannot be restored without it: of one that is not to be used `cid` is 0, and
+    any will do. The kernel keeps the id for that descriptor, so between the look and QEMU's start nobody else can take it. Raises
     HostError when the device cannot be opened or no id is free.
     """
     try:
         fd = os.open(_VSOCK, os.O_RDWR | os.O_CLOEXEC)
     except OSError as exc:
         raise HostError(f"cannot open {_VSOCK}: {exc.strerror}", hint="modprobe vhost_vsock") from exc
-    for candidate in range(cid, cid + _CID_TRIES):
+    first = max(cid, _CID_FIRST)
+    for candidate in range(first, first + _CID_TRIES):
         try:
             fcntl.ioctl(fd, _VHOST_VSOCK_SET_GUEST_CID, struct.pack("Q", candidate))
         except OSError as exc:
@@ -425,7 +428,7 @@ def open_vsock(cid: int) -> tuple[int, int]:
             raise HostError(f"cannot take vsock context id {candidate}: {exc.strerror}") from exc
         return fd, candidate
     os.close(fd)
-    raise HostError(f"no vsock context id from {cid} on is free", hint="choose another with PBOTVM_CID")
+    raise HostError(f"no vsock context id from {first} on is free", hint="choose another with PBOTVM_CID")
 
 
 def check_port(port: int) -> None:

@@ -27,7 +27,7 @@ NAMES: tuple[str, ...] = get_args(Name)  # the preferred first
 AUTO = "auto"
 DAEMON: Name = "vhost-user-vsock"
 
-FALL_BACK = 1.0  # seconds that a preferred way has to answer, before the next one is taken
+FALL_BACK = 1.0  # seconds that a preferred way may refuse, and mostly also be silent, before the next one is taken
 _PLUGGED = 6.0  # seconds for a guest that has just found its device
 _ATTEMPT = 0.3  # seconds for the first try on a transport that connects; twice as many for each further one
 _AGAIN = 0.05  # seconds between two tries to connect: a guest that was just restored may refuse the first one
@@ -39,7 +39,7 @@ class Transport(Protocol):
 
     name: Name
     connects: bool  # whether each stream is a new connection
-    patience: float  # seconds that it has to answer when there is another way
+    patience: float  # seconds that it may be silent when there is another way
     prelude: bytes  # what brings the guest's end of the stream to where a frame can begin
 
     async def connect(self) -> socket.socket:
@@ -154,29 +154,33 @@ class Reached:
     why: str = ""
 
 
-async def reach(transport: Transport, within: float) -> Reached:
+async def reach(transport: Transport, within: float, *, refusals: float | None = None) -> Reached:
     """Open `transport` and shake hands. Raises GuestError when the agent does not answer in `within` seconds.
 
-    A guest that does not know its device yet swallows a request to connect, so that is given up and made again.
+    A guest that does not know its device yet swallows a request to connect, so that is given up and made again. One that
+    refuses may have been restored a moment ago, and is asked again for `refusals` seconds, None for as long as all.
     """
-    deadline = asyncio.get_running_loop().time() + within
+    clock = asyncio.get_running_loop().time
+    begin = clock()
+    deadline = begin + within
     attempt = _ATTEMPT
     while True:
         channel = None
-        left = deadline - asyncio.get_running_loop().time()
-        if transport.connects:
-            left = min(left, attempt)
-            attempt *= 2
+        now = clock()
+        until = min(deadline, now + attempt) if transport.connects else deadline
+        attempt *= 2
         try:
-            async with asyncio.timeout(max(left, 0)):
+            async with asyncio.timeout_at(until):
                 channel = await Channel.open(await transport.connect())
-                hello = await channel.handshake(max(left, 0.01), prelude=transport.prelude)
+                hello = await channel.handshake(max(until - now, 0.01), prelude=transport.prelude)
             return Reached(channel, replace(hello, transport=transport.name))
         except (OSError, TimeoutError, GuestError) as exc:
+            refused = clock() < until  # else nobody said anything
             why = str(exc) or f"no answer within {within:g} s"
             if channel:
                 await channel.close()
-            if asyncio.get_running_loop().time() + _AGAIN >= deadline:
+            last = min(deadline, begin + refusals) if refused and refusals is not None else deadline
+            if clock() + _AGAIN >= last:
                 raise GuestError(f"{transport.name}: {why}", hint="see `pbotvm-qemu logs`") from exc
         except BaseException:
             if channel:
@@ -186,14 +190,16 @@ async def reach(transport: Transport, within: float) -> Reached:
 
 
 async def choose(transports: Sequence[Transport], within: float, *, problem: str = "") -> Reached:
-    """Return the first of `transports` that answers, and why none before it; `problem` is known beforehand. Try all but the last for their patience.
+    """Return the first of `transports` that answers, and why none before it; `problem` is known beforehand.
 
+    All but the last are tried for FALL_BACK seconds when they refuse, and for their patience when they are silent.
     Raises GuestError when the last one does not answer in `within` seconds.
     """
     problems = [problem] if problem else []
     for transport in transports[:-1]:
         try:
-            return replace(await reach(transport, min(transport.patience, within)), why="; ".join(problems))
+            reached = await reach(transport, min(transport.patience, within), refusals=FALL_BACK)
+            return replace(reached, why="; ".join(problems))
         except GuestError as exc:
             problems.append(str(exc))
             log.warning("%s; trying another transport", exc)

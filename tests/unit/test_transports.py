@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import socket
+from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING
 
 import pytest
@@ -52,6 +53,39 @@ async def test_the_next_one_is_taken_and_the_reason_is_kept(agent: peers.Agent, 
     await reached.channel.close()
     silent.close()
     theirs.close()
+
+
+async def test_who_refuses_is_given_up_long_before_who_is_silent(agent: peers.Agent, tmp_path: Path) -> None:
+    """A closed socket, a guest in which nobody listens, and one that hangs up when it is spoken to."""
+    for answer in (None, b"", b"OK 1\n"):
+        path = tmp_path / f"guest-{answer!r:.3}"
+        async with AsyncExitStack() as stack:
+            if answer is not None:
+                await stack.enter_async_context(Daemon(path, answer))
+            refusing = transports.VhostUserVsock(path, 5555)
+            refusing.patience = 1000 * SECONDS
+            async with asyncio.timeout(SECONDS):
+                reached = await transports.choose([refusing, transports.VirtioSerial(agent.channel)], SECONDS * 2000)
+            assert reached.hello.transport == "virtio-serial"
+            assert "vhost-user-vsock: " in reached.why
+            assert "no answer" not in reached.why
+            await reached.channel.close()
+
+
+async def test_who_refuses_at_first_is_asked_again(agent: peers.Agent, tmp_path: Path) -> None:
+    """A guest that was just restored may refuse a connection or two."""
+    path = tmp_path / "guest"
+
+    async def listen() -> None:
+        await asyncio.sleep(0.2)
+        await stack.enter_async_context(Daemon(path, b"OK 1\n", agent))
+
+    async with AsyncExitStack() as stack:
+        later = asyncio.create_task(listen())
+        reached = await transports.reach(transports.VhostUserVsock(path, 5555), SECONDS)
+        assert reached.hello.transport == "vhost-user-vsock"
+        await later
+        await reached.channel.close()
 
 
 async def test_when_none_answers_the_last_one_is_named(tmp_path: Path) -> None:

@@ -368,12 +368,11 @@ async def test_where_the_daemon_cannot_serve_the_reason_is_said(daemon_env: Env)
             await machine.stop()
 
 
-async def test_a_vsock_that_nobody_answers_is_given_up_within_a_second(daemon_env: Env, tmp_path: Path) -> None:
+async def test_a_vsock_that_refuses_is_given_up_and_the_reason_said(daemon_env: Env, tmp_path: Path) -> None:
     """Kernel vsock is not on every host: the path of its refusal is the same for a daemon's."""
     machine = await way(daemon_env, "virtio-serial").start()
     try:
         dead = transports.VhostUserVsock(tmp_path / "nobody", 5555)
-        dead.patience = transports.FALL_BACK
         assert machine._port
         await machine.channel.close()
         reached = await transports.choose([dead, transports.VirtioSerial(machine._port)], LONG)

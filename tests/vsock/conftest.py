@@ -81,6 +81,7 @@ def patient(env: dict[str, str]) -> Iterator[None]:
         if NESTED:  # a second is nothing there
             patch.setattr(transports, "FALL_BACK", 30.0)
             patch.setattr("pbotvm_qemu.machine._WAKE_TIMEOUT", 30.0)
+            patch.setattr("pbotvm_qemu.machine.BOOT_TIMEOUT", {"kvm": 900.0, "tcg": 900.0})
             patch.setattr("pbotvm_qemu.machine.RESTORE_TIMEOUT", {"kvm": 120.0, "tcg": 120.0})
             patch.setitem(qmp.connect.__wrapped__.__kwdefaults__, "timeout", 120.0)  # type: ignore[attr-defined]
         yield

@@ -11,11 +11,12 @@ import socket
 import sys
 import time
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
 
-from pbotvm_qemu import plan, transports
+from pbotvm_qemu import config, creation, image, paths, plan, process, state, transports
 from pbotvm_qemu.endpoints import Endpoint
 from pbotvm_qemu.errors import GuestError
 from pbotvm_qemu.pbot_guest import OfflineError, PBotGuest
@@ -102,6 +103,68 @@ async def test_the_id_that_was_asked_for_is_taken_and_the_next_when_somebody_has
             assert await run(vm, "echo hi") == "hi\n"
     finally:
         os.close(holder)
+
+
+@pytest.mark.parametrize("variable", ["PBOTVM_CID", "PBOTVM_VPORT"])
+def test_0_at_a_start_never_uses_vsock(env: dict[str, str], machine: Machine, variable: str) -> None:
+    """Not even of a machine that has it."""
+    result = support.cli(env | {variable: "0"}, "start", "--revert", "clone", "--pool", "1")
+    assert result.returncode == 0, result.stderr.decode()
+    try:
+        answer = support.cli_json(env, "exec", "--json", "-lang=sh", "echo hi")
+        assert (answer["stdout"], answer["transport"]) == ("hi\n", "virtio-serial")
+        assert not support.cli_json(env, "status", "--json")["live"]["transport_why"]
+    finally:
+        support.cli(env, "stop")
+
+
+def test_a_start_takes_the_id_that_the_environment_says(env: dict[str, str], machine: Machine) -> None:
+    result = support.cli(
+        env | {"PBOTVM_CID": "4000"}, "start", "--transport", "vsock", "--revert", "clone", "--pool", "1"
+    )
+    assert result.returncode == 0, result.stderr.decode()
+    try:
+        words = [word for pid in support.qemus(machine.record.uuid) for word in process.command_line(pid)]
+        assert any(",guest-cid=4000," in word for word in words), words
+        answer = support.cli_json(env, "exec", "--json", "-lang=sh", "echo hi")
+        assert (answer["stdout"], answer["transport"]) == ("hi\n", "vsock")
+    finally:
+        support.cli(env, "stop")
+
+
+@pytest.mark.parametrize("variable", ["PBOTVM_CID", "PBOTVM_VPORT"])
+async def test_a_machine_that_is_made_with_0_has_no_vsock(machine: Machine, variable: str) -> None:
+    wanted = config.load(paths.config_file(), {"PBOTVM_DOMAIN": "other", variable: "0"})
+    built = image.Image.load(machine.record.image)
+    paths.private(paths.MachinePaths("other").directory, mode=0o711)
+    try:
+        record = await creation.prepare(wanted.machine, built, machine.record.qemu, "tcg", machine.record.languages)
+        own = plan.Plan.of(record, built, loadvm=None)
+        assert not own.vsock
+        assert "vhost-vsock" not in " ".join(plan.devices(own, plan.Descriptors()))
+    finally:
+        state.discard("other")
+
+
+async def test_a_machine_is_made_with_the_id_and_the_port_that_the_environment_says(
+    machine: Machine, refused: Callable[[int, int], Awaitable[int | None]]
+) -> None:
+    said = {"PBOTVM_DOMAIN": "other", "PBOTVM_CID": "4000", "PBOTVM_VPORT": "6001"}
+    wanted = config.override(config.load(paths.config_file(), said), "machine", memory="256M", serial=0, health=0)
+    begin = time.monotonic()
+    try:
+        record = await creation.create(wanted, ",".join(machine.record.languages), lambda _stage, _done: None)
+        say("create", begin)
+        own = plan.Plan.of(record, image.Image.load(record.image), loadvm=config.SNAPSHOT)
+        async with type(machine)(record, replace(own, transport="vsock")).clone() as vm:
+            assert (vm._cid, vm.hello and vm.hello.transport) == (4000, "vsock")
+            assert await run(vm, "echo hi") == "hi\n"
+            answer = await asyncio.to_thread(ask, 4000, frame_today(request(code="echo hello")), 6001)
+            assert answer == b'result:{"result": "hello\\n"}\nresult:end\n'
+            assert await refused(4000, PORT) == errno.ECONNRESET  # nobody listens on the usual port
+    finally:
+        state.discard("other")
+        state.forget_lock("other")
 
 
 # after every kind of restore -----------------------------------------------------------------------------------------

@@ -303,7 +303,8 @@ class VirtualMachine:
             ways.append(transports.Vsock(self._cid, plan.config.vport))
         ways.append(transports.VirtioSerial(self._port))
         if self._daemon:
-            ways.insert(0, transports.VhostUserVsock(self._daemon.path, plan.config.vport))
+            daemon = transports.VhostUserVsock(self._daemon.path, plan.config.vport, found=self._daemon.found)
+            ways.insert(0, daemon)
         if plan.transport in (transports.AUTO, transports.DAEMON):
             return ways
         if self.serial:

@@ -28,7 +28,9 @@ AUTO = "auto"
 DAEMON: Name = "vhost-user-vsock"
 
 FALL_BACK = 1.0  # seconds that a preferred way may refuse, and mostly also be silent, before the next one is taken
-_PLUGGED = 6.0  # seconds for a guest that has just found its device
+_PLUGGED = 6.0  # seconds for a guest that may not have found its device yet
+_DRIVEN = 2.0  # seconds for one that has; on a loaded host a hundredth of that was the most
+_SLOWER = 10  # times as long as it took to find the device, when that is longer
 _ATTEMPT = 0.3  # seconds for the first try on a transport that connects; twice as many for each further one
 _AGAIN = 0.05  # seconds between two tries to connect: a guest that was just restored may refuse the first one
 _ANSWER_MAX = 64  # bytes of the daemon's answer
@@ -103,16 +105,20 @@ class Vsock:
 
 
 class VhostUserVsock:
-    """The vsock of a `vhost-device-vsock` daemon, which listens on the UNIX socket `path`."""
+    """The vsock of a `vhost-device-vsock` daemon, which listens on the UNIX socket `path`.
+
+    A daemon that passes nothing on never will, but only time tells; a slow host is given more of it.
+    """
 
     name: Name = DAEMON
     connects = True
-    patience = _PLUGGED
     prelude = b""
 
-    def __init__(self, path: Path, port: int) -> None:
+    def __init__(self, path: Path, port: int, *, found: float | None = None) -> None:
+        """`found` is how many seconds the guest took to find its device, None when nobody knows whether it has."""
         self.path = path
         self.port = port
+        self.patience = _PLUGGED if found is None else min(max(_DRIVEN, _SLOWER * found), _PLUGGED)
 
     async def connect(self) -> socket.socket:
         """Return a new connection, once the daemon has said that the guest took it."""

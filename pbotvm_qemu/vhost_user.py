@@ -14,6 +14,7 @@ import os
 import shutil
 import socket
 import tempfile
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -40,13 +41,17 @@ def find() -> str:
 
 
 class Daemon:
-    """The daemon of one guest; a context manager. `path` is the socket that leads to the guest's vsock ports."""
+    """The daemon of one guest; a context manager. `path` is the socket that leads to the guest's vsock ports.
+
+    `found` is how many seconds the guest took to find the device, None when QEMU cannot tell.
+    """
 
     def __init__(self, machine: str, log_file: int) -> None:
         self._machine = machine
         self._log = log_file
         self._folder = Path()
         self._child: process.Child | None = None
+        self.found: float | None = None
 
     @property
     def path(self) -> Path:
@@ -109,11 +114,13 @@ class Daemon:
 
         Raises HostError when that takes too long. A QEMU before 7.2 cannot tell, and is not waited for.
         """
+        begin = time.monotonic()
         try:
             async with asyncio.timeout(_FOUND):
                 while True:
                     answer = await monitor.execute("x-query-virtio-status", path=_DEVICE)
                     if "DRIVER_OK" in str(answer.get("status") if isinstance(answer, dict) else answer):
+                        self.found = time.monotonic() - begin
                         return
                     await asyncio.sleep(_LOOK)
         except TimeoutError:

@@ -72,6 +72,13 @@ async def test_who_refuses_is_given_up_long_before_who_is_silent(agent: peers.Ag
             await reached.channel.close()
 
 
+def test_a_slow_guest_is_given_more_time_for_its_first_answer(tmp_path: Path) -> None:
+    def patience(found: float | None) -> float:
+        return transports.VhostUserVsock(tmp_path, 5555, found=found).patience
+
+    assert patience(0.01) < patience(0.4) < patience(30) == patience(None)
+
+
 async def test_who_refuses_at_first_is_asked_again(agent: peers.Agent, tmp_path: Path) -> None:
     """A guest that was just restored may refuse a connection or two."""
     path = tmp_path / "guest"

@@ -11,6 +11,7 @@ import os
 import random
 import shutil
 import signal
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -26,7 +27,7 @@ from tests import daemon
 from tests.support import LONG, cli, cli_json, machine_qemus
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncIterator, Coroutine, Iterator
 
     from pbotvm_qemu.channel import Outcome, Stream
     from pbotvm_qemu.machine import VirtualMachine
@@ -37,7 +38,7 @@ Env = dict[str, str]
 TRANSPORTS = ["virtio-serial", "isa-serial", DAEMON]
 BULK = config.parse_size(os.environ.get("PBOTVM_TEST_BYTES", "32M"))
 RESTORES = int(os.environ.get("PBOTVM_TEST_RESTORES", "2"))
-MEMORY = 64 << 20  # bytes by which this process may grow while any number of them pass through
+MEMORY = 64 << 20  # bytes by which this process, and all of the guest, may grow while any number of them pass through
 
 
 @pytest.fixture(scope="module")
@@ -130,11 +131,43 @@ def slow(vm: VirtualMachine) -> bool:
     return vm.hello.transport == "isa-serial"
 
 
+def say(vm: VirtualMachine, what: str, begin: float, before: process.Usage | None, guest: int) -> None:
+    """Print the figures; pytest shows them with -s."""
+    assert vm.hello
+    took = time.monotonic() - begin
+    sys.stdout.write(
+        f"    {vm.hello.transport}: {what} in {took:.1f} s; more memory: {grown(before) >> 10} KiB here, {guest >> 10} KiB there\n"
+    )
+
+
 def grown(before: process.Usage | None) -> int:
     now = process.usage(os.getpid())
     assert before
     assert now
     return now.uss - before.uss
+
+
+AVAILABLE = "sed -n 's/^MemAvailable: *\\([0-9]*\\) kB/\\1/p' /proc/meminfo"
+
+
+async def watched(vm: VirtualMachine, work: Coroutine[None, None, Outcome]) -> tuple[Outcome, int]:
+    """Return how `work` ended, and how many bytes of its memory the guest had less to spare meanwhile, at most."""
+    said = bytearray()
+    began = asyncio.Event()
+
+    async def keep(_stream: Stream, piece: bytes) -> None:
+        said.extend(piece)
+        began.set()
+
+    watch = asyncio.create_task(vm.execute(wants(f"while {AVAILABLE}; do sleep 0.1; done"), [], on_output=keep))
+    try:
+        await asyncio.wait_for(began.wait(), LONG)
+        outcome = await work
+    finally:
+        watch.cancel()
+        await asyncio.gather(watch, return_exceptions=True)
+    seen = [int(line) << 10 for line in said[: said.rindex(b"\n")].splitlines()]
+    return outcome, seen[0] - min(seen)
 
 
 async def test_a_program_of_every_length_of_output_says_all_of_it(vm: VirtualMachine) -> None:
@@ -159,12 +192,15 @@ async def test_much_output_arrives_whole_in_bounded_memory(vm: VirtualMachine) -
 
     block = bytes(range(256)) * 256
     program = f"import sys\nfor _ in range({size // len(block)}): sys.stdout.buffer.write(bytes(range(256)) * 256)"
-    outcome = await vm.execute(wants(f"python3 -c '{program}'"), [], on_output=check)
+    begin = time.monotonic()
+    outcome, guest = await watched(vm, vm.execute(wants(f"python3 -c '{program}'"), [], on_output=check))
+    say(vm, f"{size >> 10} KiB from the guest", begin, before, guest)
     expected = hashlib.sha256()
     for _ in range(size // len(block)):
         expected.update(block)
     assert (outcome.exit_code, seen.digest()) == (0, expected.digest())
     assert grown(before) < MEMORY
+    assert guest < MEMORY
 
 
 async def test_much_input_arrives_whole_in_bounded_memory(vm: VirtualMachine) -> None:
@@ -176,13 +212,17 @@ async def test_much_input_arrives_whole_in_bounded_memory(vm: VirtualMachine) ->
     async def keep(_stream: Stream, data: bytes) -> None:
         said.extend(data)
 
-    outcome = await vm.execute(wants("sha256sum", stdin=True), [], on_output=keep, stdin=pieces(block, times))
+    begin = time.monotonic()
+    work = vm.execute(wants("sha256sum", stdin=True), [], on_output=keep, stdin=pieces(block, times))
+    outcome, guest = await watched(vm, work)
+    say(vm, f"{times << 6} KiB to the guest", begin, before, guest)
     expected = hashlib.sha256()
     for _ in range(times):
         expected.update(block)
     assert outcome.exit_code == 0
     assert said.decode().split()[0] == expected.hexdigest()
     assert grown(before) < MEMORY
+    assert guest < MEMORY
 
 
 async def test_many_programs_at_once_are_not_mixed(vm: VirtualMachine) -> None:

@@ -182,7 +182,7 @@ async def reach(transport: Transport, within: float, *, refusals: float | None =
             return Reached(channel, replace(hello, transport=transport.name))
         except (OSError, TimeoutError, GuestError) as exc:
             refused = clock() < until  # else nobody said anything
-            why = str(exc) or f"no answer within {within:g} s"
+            why = str(exc) or f"no answer within {within:.1f} s"
             if channel:
                 await channel.close()
             last = min(deadline, begin + refusals) if refused and refusals is not None else deadline

@@ -40,6 +40,7 @@ PORT, HEALTH = 5555, 5556
 def say(what: str, begin: float) -> None:
     """Print a figure; pytest shows it with -s."""
     sys.stdout.write(f"    {what}: {1000 * (time.monotonic() - begin):.0f} ms\n")
+    sys.stdout.flush()
 
 
 def connect(cid: int, port: int = PORT) -> socket.socket:

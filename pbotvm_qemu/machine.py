@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import re
 import signal
 import socket
 import tempfile
@@ -52,6 +53,9 @@ SAVE_TIMEOUT = 180.0
 _LOAD_TIMEOUT = 30.0  # the state of a clone is less than a megabyte, a saved memory some hundred
 _WAKE_TIMEOUT = 1.0
 _LOOK = 1.0  # seconds between two looks at a process that runs a program
+
+# What a kernel says before it gives up: the fault, and where.
+_TELLING = re.compile(rb"BUG: |BUG at |Oops: |general protection fault|RIP: 0010:|Kernel panic - ")
 
 # ShutdownCause of QEMU's QAPI: the ends that come from the guest.
 _GUEST_ENDS = {
@@ -554,9 +558,12 @@ async def _entered(stack: AsyncExitStack, manager: AbstractAsyncContextManager[T
 
 
 def _gist(printed: bytes) -> str:
-    """Return the line of what was printed in which a kernel says why it gave up, else the end."""
-    panics = [line for line in printed.splitlines() if b"Kernel panic - " in line]
-    return tail(panics[0] if panics else printed)
+    """Return the lines of what was printed in which a kernel says why it gave up, else the end."""
+    if b"Kernel panic - " not in printed:
+        return tail(printed)
+    telling = [line for line in printed.splitlines() if _TELLING.search(line)]
+    panics = [line for line in telling if b"Kernel panic - " in line]
+    return tail(b"\n".join([*telling[: telling.index(panics[0])][:3], panics[0]]), lines=4)
 
 
 def _status_text(status: int) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 import typer
 
@@ -70,11 +70,26 @@ def main() -> None:
     except PbotVMError as exc:
         _refuse(exc)
     except Interrupted as exc:
-        typer.secho(str(exc), err=True)
+        _tell(str(exc))
         sys.exit(130)
     except BrokenPipeError:  # whoever read our output has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop(sys.stdout, sys.stderr)
         sys.exit(141)
+
+
+def _tell(text: str, **style: Any) -> None:
+    """Print a line for people. When nobody reads it, the exit status still says how we end."""
+    try:
+        typer.secho(text, err=True, **style)
+    except BrokenPipeError:
+        _drop(sys.stderr)
+
+
+def _drop(*streams: TextIO) -> None:
+    """Have nobody get what is still in the buffers of `streams`: Python writes it at its end."""
+    with open(os.devnull, "wb", buffering=0) as nowhere:  # noqa: PTH123 - a name for it is in os
+        for stream in streams:
+            os.dup2(nowhere.fileno(), stream.fileno())
 
 
 def _understandable(exc: Any) -> UsageError:
@@ -89,7 +104,7 @@ def _understandable(exc: Any) -> UsageError:
 def _refuse(exc: PbotVMError) -> NoReturn:
     if "--json" in sys.argv:
         print_json({"error": str(exc), "hint": exc.hint, "kind": exc.kind, "exit_code": exc.exit_code})
-    typer.secho(f"error: {exc}", fg="red", err=True)
+    _tell(f"error: {exc}", fg="red")
     if exc.hint:
-        typer.secho(f"hint: {exc.hint}", dim=True, err=True)
+        _tell(f"hint: {exc.hint}", dim=True)
     sys.exit(exc.exit_code)

@@ -139,6 +139,19 @@ def test_languages_are_completed() -> None:
     assert base.complete_language("pe") == ["perl"]
 
 
+@pytest.mark.parametrize(("words", "status"), [(["status", "nothing"], 125), (["status", "--nothing"], 2)])
+def test_the_exit_status_is_right_when_nobody_reads_the_error(words: list[str], status: int) -> None:
+    ours, theirs = os.pipe()
+    os.close(ours)
+    try:
+        assert (
+            subprocess.run([sys.executable, "-m", "pbotvm_qemu", *words], stderr=theirs, check=False).returncode
+            == status
+        )
+    finally:
+        os.close(theirs)
+
+
 def test_machines_are_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
     (tmp_path / "pbotvm-qemu" / "machines" / "mine").mkdir(parents=True)

@@ -171,7 +171,8 @@ def test_whoever_is_interrupted_leaves_the_old_machine(kept: Env, how: signal.Si
         assert_refused(cli(kept, "languages", "add", "slow"), 125, "is being changed by process")
         assert_refused(cli(kept, "rm", NAME, "--force"), 125, "is being changed by process")
         change.send_signal(how)
-    assert change.returncode == (130 if how == signal.SIGINT else -signal.SIGKILL)
+        said = change.stderr.read()
+    assert change.returncode == (130 if how == signal.SIGINT else -signal.SIGKILL), said
     assert run(kept, "one") == "served by one\n"
     pruned = cli(kept, "prune").stdout.decode()
     assert ("build-" in pruned) == (how == signal.SIGKILL), pruned

@@ -335,7 +335,7 @@ class Pool(_Runner):
             way = keeper.choose(self._record, self._config)
             lock = state.lock(name, purpose="api") if way.single else state.share(name)
             await stack.enter_async_context(lock)
-            self._pool = await stack.enter_async_context(keeper.make_pool(way, self._config))
+            self._pool = await stack.enter_async_context(keeper.make_pool(way, self._config, self._record))
             self._sessions = await stack.enter_async_context(
                 sessions.Sessions(self._pool, most=self._config.pool.sessions)
             )

@@ -153,7 +153,8 @@ class PoolConfig:
     most: int = 0  # that live at once; 0 for as many as processors and memory carry
     revert: str = "auto"  # the way back to clean: "auto", "clone", "loadvm" or "restart"
     transport: str = "auto"  # how guests are reached, or one of `transports.NAMES`
-    warm: tuple[str, ...] = ()  # languages whose sample each clone runs before it is handed out
+    warm: tuple[str, ...] = ()  # languages whose sample each machine runs while it waits
+    warm_recent: int = 2  # how many more of those that were used last, for clones under emulation; 0 for none
     share_memory: bool = True  # whether clones share the template's memory until they change it
     sessions: int = 4  # at once
     session_idle: float = 300.0  # seconds without use that end a session
@@ -232,6 +233,7 @@ _RANGES: dict[tuple[str, str], tuple[float, float]] = {
     ("relay", "output"): (1, 1 << 30),
     ("pool", "size"): (0, 1000),
     ("pool", "most"): (0, 1000),
+    ("pool", "warm_recent"): (0, 100),
     ("pool", "sessions"): (0, 1000),
     ("pool", "session_idle"): (1, 86400),
     ("watchdog", "interval"): (0, 86400),

@@ -19,12 +19,12 @@ from pbotvm_qemu.languages import Registry
 from pbotvm_qemu.pool import Pool
 from pbotvm_qemu.ports import Ports
 from pbotvm_qemu.sessions import Sessions
+from pbotvm_qemu.warmth import Warmth
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
+    from collections.abc import Awaitable, Callable
 
     from pbotvm_qemu.config import Config, MachineConfig
-    from pbotvm_qemu.guest.spec import RunSpec
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class Keeper:
                 loop.add_signal_handler(number, self._stop.set)
                 stack.callback(loop.remove_signal_handler, number)
             pool = self._pool = await stack.enter_async_context(
-                make_pool(choose(record, self._config), self._config, warm_up(record, self._config))
+                make_pool(choose(record, self._config), self._config, record)
             )
             self._sessions = await stack.enter_async_context(Sessions(pool, most=self._config.pool.sessions))
             if not single:
@@ -177,7 +177,7 @@ class Keeper:
         """Start clones from the template that a change of languages has made, from the next one on."""
         assert self._door
         record = state.ready(self._record.name)
-        pool.warm = warm_up(record, self._config)
+        pool.warmth = warmth(record, self._config, pool.way)
         pool.use(choose(record, self._config))
         self._record = record
         self._door.install(record.languages)
@@ -257,27 +257,27 @@ def choose(record: state.MachineRecord, config: Config) -> ways.Way:
     return ways.choose(prepare(record, config), record.fingerprint, wanted.revert, shared=wanted.share_memory)
 
 
-def warm_up(record: state.MachineRecord, config: Config) -> list[tuple[RunSpec, list[bytes]]]:
-    """Return the samples of the languages that clones are to be warm in.
+def warmth(record: state.MachineRecord, config: Config, way: ways.Way) -> Warmth:
+    """Return in which languages the machines that `way` starts are to be warm.
 
-    Raises UnknownLanguageError for one that is not known; one that the machine lacks is only logged.
+    Hardware has nothing to translate, and a machine that is put back rather than replaced has no time to.
+    Raises UnknownLanguageError when the configuration names one that is not known; one that the machine lacks is only logged.
     """
-    if not config.pool.warm:
-        return []
     registry = Registry.load(paths.user_languages())
-    wanted = [registry.find(name) for name in config.pool.warm]
-    for language in wanted:
-        if language.name not in record.languages:
-            log.warning("warm in [pool] names %s, which machine %s does not have", language.name, record.name)
-    return [
-        request.render(request.Request(code=language.sample_code), language, config.limits, stdin=False)
-        for language in wanted
-        if language.name in record.languages
-    ]
+    always = [registry.find(name).name for name in config.pool.warm]
+    for name in set(always) - set(record.languages):
+        log.warning("warm in [pool] names %s, which machine %s does not have", name, record.name)
+    samples = {
+        name: request.render(request.Request(code=language.sample_code), language, config.limits, stdin=False)
+        for name, language in registry.languages.items()
+        if name in record.languages
+    }
+    emulated = record.accelerator == "tcg" and not way.single
+    return Warmth(samples, always=always, recent=config.pool.warm_recent if emulated else 0)
 
 
-def make_pool(way: ways.Way, config: Config, warm: Sequence[tuple[RunSpec, Sequence[bytes]]] = ()) -> Pool:
-    """Return the pool that `config` wants, as large as this host carries; its machines run `warm` before all else."""
+def make_pool(way: ways.Way, config: Config, record: state.MachineRecord) -> Pool:
+    """Return the pool of machines like `record` that `config` wants, as large as this host carries. Raises what `warmth` raises."""
     memory = way.plan.config.memory
     carried = pool.room(memory, process.memory_available())
     # More guests at once than that only make each other slow, until they reach their time limits.
@@ -292,5 +292,5 @@ def make_pool(way: ways.Way, config: Config, warm: Sequence[tuple[RunSpec, Seque
         queue_wait=config.relay.queue_wait,
         watchdog=config.watchdog,
         no_revert=config.relay.no_revert,
-        warm=warm,
+        warmth=warmth(record, config, way),
     )

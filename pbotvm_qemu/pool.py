@@ -1,7 +1,8 @@
 """A clean machine for every run: some are kept ready, and a bounded, fair queue stands in front of them.
 
 A machine in the pool was started, has run a trifle to show that it works (and to have its first, slow steps behind
-it), and then sleeps until it is handed out: its processors are stopped, and it costs no time.
+it), and then sleeps until it is handed out: its processors are stopped, and it costs no time. While nobody runs
+anything, those that sleep are woken one by one to run the samples of the languages that callers use.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pbotvm_qemu.config import WatchdogConfig
 from pbotvm_qemu.errors import GuestError, HostError, MonitorError, NeverRanError, PbotVMError, UsedMachineError
 from pbotvm_qemu.guest import spec as specs
 from pbotvm_qemu.turns import Turns
+from pbotvm_qemu.warmth import Warmth
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -58,6 +60,7 @@ class Lease:
     out: bool = False  # whether somebody has it
     asleep: bool = False
     lost: bool = False
+    warm: set[str] = dataclasses.field(default_factory=set)  # the languages that it has run since it was clean
     returned: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
 
     @property
@@ -108,7 +111,7 @@ class Pool:
     """Hands out clean machines. A context manager: leaving it ends them all.
 
     `size` machines are kept ready and unused, as long as not more than `most` live at once. `queue` requests may wait,
-    each up to `queue_wait` seconds. A machine runs the programs `warm` before it is kept ready.
+    each up to `queue_wait` seconds. `warmth` says in which languages those that wait are kept warm.
     """
 
     def __init__(
@@ -121,10 +124,10 @@ class Pool:
         queue_wait: float = 60.0,
         watchdog: WatchdogConfig | None = None,
         no_revert: bool = False,
-        warm: Sequence[tuple[RunSpec, Sequence[bytes]]] = (),
+        warmth: Warmth | None = None,
     ) -> None:
         self.way = way
-        self.warm = warm
+        self.warmth = warmth or Warmth({})
         self._memory = way.plan.config.memory
         self._most = 1 if way.single else max(most, 1)
         self._size = 1 if way.single else min(size, self._most)
@@ -137,8 +140,11 @@ class Pool:
         self._alive: set[Lease] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._starting = 0
+        self._running = 0
+        self._warming: tuple[Lease, asyncio.Task[None]] | None = None
         # A burst must not take the processors away from those who run: half of them may start machines.
-        self._starters = asyncio.Semaphore(max(1, (os.cpu_count() or 1) // 2))
+        self._half = max(1, (os.cpu_count() or 1) // 2)
+        self._starters = asyncio.Semaphore(self._half)
         self._numbers = itertools.count(1)
         self._failures = 0
         self._hold: asyncio.TimerHandle | None = None
@@ -167,7 +173,7 @@ class Pool:
 
     async def ready(self) -> None:
         """Wait until as many machines as wanted are up. Raises what kept the first one from starting."""
-        while len(self._ready) < self._size:
+        while self._waiting < self._size:
             if self.problem and not self._alive:
                 raise self.problem
             await asyncio.sleep(0.02)
@@ -176,6 +182,7 @@ class Pool:
         """Refuse new runs, and wait up to `timeout` seconds for those under way; tell whether all have ended."""
         self._draining = True
         self._turns.refuse(_shutting_down())
+        self._stop_warming()
         until = time.monotonic() + timeout
         while self.busy and time.monotonic() < until:
             await asyncio.sleep(0.05)
@@ -189,7 +196,12 @@ class Pool:
     @property
     def busy(self) -> int:
         """How many machines are handed out."""
-        return sum(lease.out for lease in self._alive)
+        return sum(lease.out for lease in self._alive) - (self._warming is not None)
+
+    @property
+    def _waiting(self) -> int:
+        """How many machines are ready; one that is being warmed up is."""
+        return len(self._ready) + (self._warming is not None)
 
     @property
     def machines(self) -> list[VirtualMachine]:
@@ -201,7 +213,7 @@ class Pool:
         first = next(iter(self._ready), None) or next(iter(self._alive), None)
         hello = first.machine.hello if first else None
         return {
-            "ready": len(self._ready),
+            "ready": self._waiting,
             "busy": self.busy,
             "starting": self._starting,
             "size": self._size,
@@ -213,6 +225,7 @@ class Pool:
             "reverts": dict(self.reverts),
             "revert": self.way.name,
             "revert_why": self.way.why,
+            "warm": [name for name in self.warmth.wanted if all(name in lease.warm for lease in self._ready)],
             "pids": sorted(lease.machine.pid for lease in self._alive),
             "transport": hello.transport if hello else None,
             "transport_why": first.machine.transport_why if first else None,
@@ -285,7 +298,13 @@ class Pool:
     ) -> Outcome:
         """Run a program on a machine that the caller has."""
         self.runs += 1
-        return await lease.machine.execute(spec, content, on_output=on_output, stdin=stdin)
+        self.warmth.used(spec.language)
+        self._running += 1
+        try:
+            return await lease.machine.execute(spec, content, on_output=on_output, stdin=stdin)
+        finally:
+            self._running -= 1
+            self._warm_soon()
 
     def signed(self, outcome: Outcome, lease: Lease, queued: float) -> Outcome:
         """Return `outcome` with where and how it ran."""
@@ -328,6 +347,7 @@ class Pool:
             lease.lost = True
             lease.returned.set()
         self._ready.clear()
+        self._stop_warming()
         self._refill()
 
     # Handing out -------------------------------------------------------------------------------------------------------
@@ -346,6 +366,7 @@ class Pool:
                 f"{self._queue} requests wait already", hint="try again later, or raise queue in [relay] of config.toml"
             )
         place = self._turns.join(caller)
+        self._stop_warming()
         self._refill()
         try:
             return await place
@@ -377,24 +398,27 @@ class Pool:
 
     def _offer(self, lease: Lease) -> None:
         """Give a clean machine to whose turn it is, or keep it ready."""
+        self._warmed(lease)
         lease.out, lease.clean = True, False
         if not self._turns.serve(lease):
             lease.out = False
             self._ready.append(lease)
+            self._warm_soon()
 
     # Lives -------------------------------------------------------------------------------------------------------------
 
-    def _spawn(self, work: Awaitable[None]) -> None:
+    def _spawn(self, work: Awaitable[None]) -> asyncio.Task[None]:
         task = asyncio.ensure_future(work)
         assert isinstance(task, asyncio.Task)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     def _refill(self) -> None:
         """Start as many machines as are wanted and allowed."""
         if self._draining or self._hold:
             return
-        while len(self._ready) + self._starting < max(self._size, len(self._turns)):
+        while self._waiting + self._starting < max(self._size, len(self._turns)):
             if len(self._alive) + self._starting >= self._most:
                 return
             try:
@@ -458,11 +482,8 @@ class Pool:
         if len(self._turns):
             return
 
-        await prove(lease.machine.execute, lease.clone)
-        for spec, content in self.warm:
-            if len(self._turns):
-                return
-            await lease.machine.execute(spec, content, on_output=_ignore)
+        if not lease.warm:
+            await prove(lease.machine.execute, lease.clone)
         # A single machine has serial lines, on which peers of PBot's want answers.
         if not len(self._turns) and not self.way.single:
             await lease.machine.sleep()
@@ -477,6 +498,7 @@ class Pool:
                     self.reverts["run"] += 1
                     if not await lease.way.renew(lease.machine):
                         break
+                    lease.warm.clear()
                 if lease.way is not self.way:
                     break
                 if not lease.asleep:
@@ -521,7 +543,48 @@ class Pool:
             await lease.machine.stop()
         finally:
             self._alive.discard(lease)
+            self._warmed(lease)
             self._refill()
+            self._warm_soon()
+
+    # Warming up --------------------------------------------------------------------------------------------------------
+
+    def _warm_soon(self) -> None:
+        """Have a machine that waits run what callers use, when the processors have nothing better to do."""
+        if self._warming or self._starting or self._running >= self._half or len(self._turns) or self._draining:
+            return
+        for lease in self._ready:
+            language = self.warmth.next(lease.warm)
+            if language is not None:
+                self._ready.remove(lease)
+                lease.out = True
+                self._warming = lease, self._spawn(self._warm(lease, language))
+                return
+
+    async def _warm(self, lease: Lease, language: str) -> None:
+        """Run the sample of `language` on a machine, and give it back: as clean as it was, when nothing came between."""
+        spec, content = self.warmth.sample(language)
+        try:
+            if await self._awake(lease):
+                await lease.machine.execute(spec, content, on_output=_ignore)
+                lease.warm.add(language)
+                lease.clean = True
+        except UsedMachineError:
+            pass  # by a peer of PBot's: it is put back now
+        except PbotVMError as exc:
+            self.warmth.failed(language, exc)
+        finally:
+            self.give_back(lease)
+
+    def _stop_warming(self) -> None:
+        """Give up the machine that is being warmed up, for somebody who would have to wait for it."""
+        if self._warming and not self._warming[1].done():
+            self._warming[1].cancel()
+            self._warming = None
+
+    def _warmed(self, lease: Lease) -> None:
+        if self._warming and self._warming[0] is lease:
+            self._warming = None
 
 
 def _shutting_down() -> NeverRanError:

@@ -19,7 +19,7 @@ PACKAGE = Path(pbotvm_qemu.__file__).parent
 
 # A module imports only from the rows before its own.
 ROWS = (
-    {"guest", "errors", "turns", "service"},
+    {"guest", "errors", "turns", "warmth", "service"},
     {"network.policy", "network.steps"},
     {"network.addresses", "paths", "endpoints", "network.links", "process", "qmp", "channel", "runlog", "languages"},
     {"transports"},

@@ -12,11 +12,14 @@ import pytest
 from pbotvm_qemu import pool as pools
 from pbotvm_qemu.channel import Hello, Outcome
 from pbotvm_qemu.config import MachineConfig
-from pbotvm_qemu.errors import LaunchError, MonitorError, NeverRanError
+from pbotvm_qemu.errors import GuestError, LaunchError, MonitorError, NeverRanError, RunLostError
 from pbotvm_qemu.pool import Pool
+from pbotvm_qemu.warmth import Warmth
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+
+    from pbotvm_qemu.guest.spec import RunSpec
 
 OUTCOME = Outcome(
     status=0, signal=None, timed_out=False, cancelled=False, truncated=False, limit=None, stage="run", message="",
@@ -38,6 +41,7 @@ class Machine:
         self.asleep = False
         self.stuck = False
         self.proofs = 0
+        self.ran: list[str] = []  # languages
         self.stopped = False
         self.hold: asyncio.Event | None = None
         self.sick: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -49,11 +53,19 @@ class Machine:
     def alive(self) -> bool:
         return not self.exited.done()
 
-    async def execute(self, _spec: object, _content: object, **_kwargs: object) -> Outcome:
+    async def execute(self, spec: RunSpec, _content: object, **_kwargs: object) -> Outcome:
         assert not self.asleep
-        self.proofs += 1
+        if spec.language in self.way.broken:
+            raise GuestError("the agent is silent")
+        if spec.language:
+            self.ran.append(spec.language)
+        else:
+            self.proofs += 1
         if self.hold:
             await self.hold.wait()
+        elif spec.language in self.way.slow:
+            await asyncio.shield(self.exited)
+            raise RunLostError("QEMU died while the program ran")
         return OUTCOME
 
     async def sleep(self) -> None:
@@ -99,6 +111,8 @@ class Way:
         self.most_live = 0
         self.gate: asyncio.Event | None = None
         self.released = False
+        self.slow: set[str] = set()  # languages whose programs do not end
+        self.broken: set[str] = set()
 
     async def start(self) -> Machine:
         if self.gate:
@@ -415,8 +429,134 @@ async def test_a_machine_that_is_started_while_the_way_changes_is_not_handed_out
             await asyncio.sleep(0.001)
 
 
-async def test_a_machine_runs_what_it_is_to_be_warm_in_before_it_is_kept_ready() -> None:
+def program(language: str) -> RunSpec:
+    return pools._PROOF._replace(language=language)
+
+
+def warmth(*always: str, recent: int = 2) -> Warmth:
+    return Warmth({name: (program(name), []) for name in ("sh", "python3", "c11")}, always=always, recent=recent)
+
+
+async def use(pool: Pool, language: str) -> None:
+    await pool.run(program(language), [], on_output=pools._ignore)
+
+
+async def warm(pool: Pool, *languages: str) -> None:
+    while pool._warming or pool._starting or pool.busy or pool.status()["warm"] != list(languages):
+        await asyncio.sleep(0.001)
+
+
+async def test_machines_that_wait_run_the_languages_that_are_named_and_sleep_again() -> None:
     way = Way()
-    async with running(way, size=1, most=1, warm=[(pools._PROOF, []), (pools._PROOF, [])]) as pool:
+    async with running(way, size=2, most=2, warmth=warmth("sh", "c11")) as pool:
+        await warm(pool, "sh", "c11")
+        assert [(machine.ran, machine.proofs, machine.asleep) for machine in way.made] == [(["sh", "c11"], 1, True)] * 2
+        assert (pool.status()["runs"], pool.status()["reverts"]) == (0, {})
+
+
+async def test_machines_that_wait_run_what_was_used_last() -> None:
+    way = Way()
+    async with running(way, size=2, most=4, warmth=warmth(recent=1)) as pool:
         await pool.ready()
-        assert (way.made[0].proofs, way.made[0].asleep) == (3, True)
+        await use(pool, "python3")
+        await warm(pool, "python3")
+        await use(pool, "sh")
+        await warm(pool, "sh")
+        assert sorted(machine.ran for machine in way.made if not machine.stopped) == [["python3", "sh"], ["sh"]]
+        async with pool.lease() as lease:
+            assert not lease.asleep
+
+
+async def test_a_language_that_nobody_knows_is_not_kept_warm() -> None:
+    way = Way()
+    async with running(way, size=1, most=2, warmth=warmth()) as pool:
+        await use(pool, "cobol")
+        await settle(pool, 1)
+        assert pool.warmth.wanted == ()
+
+
+async def test_nothing_is_warmed_up_while_the_processors_have_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    way = Way()
+    way.slow.add("c11")
+    async with running(way, size=1, most=2, warmth=warmth()) as pool:
+        await use(pool, "sh")
+        await warm(pool, "sh")
+        work = asyncio.create_task(use(pool, "c11"))
+        while pool._starting or len(way.made) < 3:
+            await asyncio.sleep(0.001)
+        await settle(pool, 1)
+        assert way.made[2].ran == []
+        work.cancel()
+        await asyncio.gather(work, return_exceptions=True)
+        while way.made[2].ran == []:
+            await asyncio.sleep(0.001)
+
+
+async def test_a_caller_does_not_wait_for_a_machine_that_is_being_warmed_up() -> None:
+    way = Way()
+    way.slow.add("c11")
+    async with running(way, size=1, most=2, warmth=warmth("c11")) as pool:
+        await pool.ready()
+        while not pool._warming:
+            await asyncio.sleep(0.001)
+        assert (pool.status()["ready"], pool.status()["busy"]) == (1, 0)
+        async with pool.lease() as lease:
+            assert lease.machine.pid != way.made[0].pid
+            assert lease.machine.ran == []  # type: ignore[attr-defined]
+            while not way.made[0].stopped:
+                await asyncio.sleep(0.001)
+
+
+async def test_another_machine_that_waits_serves_while_one_is_warmed_up() -> None:
+    way = Way()
+    way.slow.add("c11")
+    async with running(way, size=2, most=2, warmth=warmth("c11")) as pool:
+        while not pool._warming or len(way.made) < 2:
+            await asyncio.sleep(0.001)
+        await settle(pool, 1)
+        async with pool.lease() as lease:
+            assert lease.machine.pid == way.made[1].pid
+        assert not way.made[0].stopped
+
+
+async def test_a_machine_that_dies_while_it_is_warmed_up_is_replaced() -> None:
+    way = Way()
+    way.slow.add("c11")
+    async with running(way, size=1, most=1, warmth=warmth("c11")) as pool:
+        while not way.made or not way.made[0].ran:
+            await asyncio.sleep(0.001)
+        way.slow.clear()
+        way.made[0].die()
+        await warm(pool, "c11")
+        assert (pool.deaths, len(way.made)) == (1, 2)
+
+
+async def test_a_sample_that_costs_machines_is_given_up() -> None:
+    way = Way()
+    way.broken.add("c11")
+    async with running(way, size=1, most=1, warmth=warmth("c11")) as pool:
+        while pool.warmth.wanted:
+            await asyncio.sleep(0.001)
+        await settle(pool, 1)
+        assert len(way.made) == 4
+        await use(pool, "sh")
+
+
+async def test_a_single_machine_that_was_put_back_is_warmed_up_again() -> None:
+    way = Way(single=True, renews=True)
+    async with running(way, warmth=warmth("sh", recent=0)) as pool:
+        await warm(pool, "sh")
+        await use(pool, "python3")
+        await warm(pool, "sh")
+        assert way.made[0].ran == ["sh", "python3", "sh"]
+
+
+async def test_a_drained_pool_does_not_wait_for_a_machine_that_is_being_warmed_up() -> None:
+    way = Way()
+    way.slow.add("c11")
+    async with running(way, size=1, most=1, warmth=warmth("c11")) as pool:
+        while not pool._warming:
+            await asyncio.sleep(0.001)
+        assert await pool.drain(5.0)
+        assert way.live == 0

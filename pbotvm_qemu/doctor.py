@@ -40,7 +40,6 @@ USER = "pbotvm"
 _QMP_TIMEOUT = 10.0  # seconds for QEMU to start, and for each answer
 _VSOCK = Path("/dev/vhost-vsock")
 _DISK_WARN = 8 << 30
-_OVERHEAD = 256 << 20  # bytes of host memory for QEMU itself, translated code included
 
 # Without these no machine starts, or it cannot be put back to its snapshot.
 _COMMANDS = ("snapshot-save", "snapshot-load")
@@ -445,7 +444,7 @@ async def _memory(config: Config) -> list[Check]:
     detail = f"{format_size(available)} available, the machine has {format_size(wanted)}"
     if available < wanted:
         return [Check("memory", "fail", detail, "use a smaller --memory, or end something")]
-    if available < wanted + _OVERHEAD:
+    if available < wanted + accel.OVERHEAD:
         return [Check("memory", "warn", f"{detail}, and QEMU needs some too", "use a smaller --memory")]
     return [Check("memory", "ok", detail)]
 

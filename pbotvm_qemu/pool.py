@@ -17,7 +17,7 @@ from collections import Counter, deque
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Protocol, Self
 
-from pbotvm_qemu import process
+from pbotvm_qemu import accel, process
 from pbotvm_qemu.config import WatchdogConfig
 from pbotvm_qemu.errors import GuestError, HostError, MonitorError, NeverRanError, PbotVMError, UsedMachineError
 from pbotvm_qemu.guest import spec as specs
@@ -25,7 +25,7 @@ from pbotvm_qemu.turns import Turns
 from pbotvm_qemu.warmth import Warmth
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 
     from pbotvm_qemu.channel import OnOutput, Outcome, Stream
     from pbotvm_qemu.guest.spec import RunSpec
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-OVERHEAD = 256 << 20  # bytes of host memory for one QEMU beside its guest's, translated code included
 _BACKOFF = (0.2, 1.0, 5.0, 15.0)  # seconds between failed starts
 _HEAD_START = 0.02  # seconds until a successor is started: first the machine that is handed out begins its work
 _LOOK_AGAIN = 1.0  # seconds until there may be memory for one more
@@ -88,13 +87,19 @@ async def prove(execute: Execute, clone: str) -> None:
         raise GuestError(f"machine {clone} cannot run a program: {outcome.message or outcome.exit_code}")
 
 
+async def warm_up(execute: Execute, warmth: Warmth, language: str) -> None:
+    """Have a machine run the sample of `language`, one of `warmth.wanted`. How it ends is of no matter."""
+    spec, content = warmth.sample(language)
+    await execute(spec, content, on_output=_ignore)
+
+
 async def _ignore(_stream: Stream, _data: bytes) -> None:
     pass
 
 
 def check_memory(memory: int) -> None:
     """Raise HostError when the host has no room for one more machine with `memory` bytes."""
-    need = memory + OVERHEAD
+    need = memory + accel.OVERHEAD
     if process.memory_available() < need:
         raise HostError(
             f"the host has no memory for one more machine, which needs up to {need >> 20} MiB",
@@ -104,7 +109,7 @@ def check_memory(memory: int) -> None:
 
 def room(memory: int, available: int) -> int:
     """Return how many machines with `memory` bytes each fit into `available` bytes of the host's memory."""
-    return available * 9 // 10 // (memory + OVERHEAD)
+    return available * 9 // 10 // (memory + accel.OVERHEAD)
 
 
 class Pool:
@@ -225,7 +230,7 @@ class Pool:
             "reverts": dict(self.reverts),
             "revert": self.way.name,
             "revert_why": self.way.why,
-            "warm": [name for name in self.warmth.wanted if all(name in lease.warm for lease in self._ready)],
+            "warm": list(self._warm_in()),
             "pids": sorted(lease.machine.pid for lease in self._alive),
             "transport": hello.transport if hello else None,
             "transport_why": first.machine.transport_why if first else None,
@@ -233,6 +238,10 @@ class Pool:
             "ready_s": round(first.machine.ready_s, 3) if first else None,
             "problem": str(self.problem) if self.problem else None,
         }
+
+    def _warm_in(self) -> Iterable[str]:
+        """Yield the wanted languages that every machine that waits has run."""
+        return (name for name in self.warmth.wanted if self._ready and all(name in lease.warm for lease in self._ready))
 
     @asynccontextmanager
     async def lease(self, *, caller: str = "") -> AsyncIterator[Lease]:
@@ -563,10 +572,9 @@ class Pool:
 
     async def _warm(self, lease: Lease, language: str) -> None:
         """Run the sample of `language` on a machine, and give it back: as clean as it was, when nothing came between."""
-        spec, content = self.warmth.sample(language)
         try:
             if await self._awake(lease):
-                await lease.machine.execute(spec, content, on_output=_ignore)
+                await warm_up(lease.machine.execute, self.warmth, language)
                 lease.warm.add(language)
                 lease.clean = True
         except UsedMachineError:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pbotvm_qemu.languages import Language, Row
     from pbotvm_qemu.machine import VirtualMachine
     from pbotvm_qemu.pool import Execute
+    from pbotvm_qemu.warmth import Warmth
     from pbotvm_qemu.ways import Way
 
 _WARM_LIMITS = Limits(
@@ -60,7 +61,7 @@ class Report:
     language: str
     results: tuple[Result, ...]
     fresh_s: float  # in a clone that has run nothing
-    first_s: float  # in a clone as the pool hands it out
+    first_s: float  # in a clone that has waited in a pool whose callers use this language
     second_s: float  # in the same clone once more
     wall_s: float  # of the first run, by the clock
 
@@ -109,19 +110,24 @@ async def examine(
 
         async def examine_one(language: Language) -> Report:
             async with turns:
-                return await _examine(way, language, on_result)
+                return await _examine(way, language, keeper.warmth(record, config, way), on_result)
 
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(examine_one(language)) for language in wanted]
     return [task.result() for task in tasks]
 
 
-async def _examine(way: Way, language: Language, on_result: Callable[[str, Result], None]) -> Report:
+async def _examine(way: Way, language: Language, warmth: Warmth, on_result: Callable[[str, Result], None]) -> Report:
     async with _started(way) as vm:
         fresh, _wall = await _time_hello(vm, language)
     results = []
+    warm: set[str] = set()
     async with _started(way) as vm:
         await pool.prove(vm.execute, vm.name)
+        warmth.used(language.name)
+        while (name := warmth.next(warm)) is not None:
+            await pool.warm_up(vm.execute, warmth, name)
+            warm.add(name)
         first, wall = await _time_hello(vm, language)
         second, _wall = await _time_hello(vm, language)
         for row in ROWS:

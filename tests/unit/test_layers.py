@@ -19,9 +19,9 @@ PACKAGE = Path(pbotvm_qemu.__file__).parent
 
 # A module imports only from the rows before its own.
 ROWS = (
-    {"guest", "errors", "turns", "warmth", "service"},
+    {"guest", "errors", "turns", "service"},
     {"network.policy", "network.steps"},
-    {"network.addresses", "paths", "endpoints", "network.links", "process", "qmp", "channel", "runlog", "languages"},
+    {"network.addresses", "paths", "endpoints", "network.links", "process", "qmp", "channel", "runlog", "languages", "warmth"},
     {"transports"},
     {"config"},
     {"network.bridgehelper", "network.dhcp", "network.managers", "network.netfilter", "accel", "image", "state", "request", "reply", "watchdog", "pbot_guest", "metrics", "editing", "shelf"},

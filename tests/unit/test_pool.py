@@ -381,7 +381,7 @@ async def test_draining_refuses_new_and_waiting_callers_and_lets_others_end() ->
 
 
 def test_room_leaves_a_tenth_of_the_memory() -> None:
-    assert pools.room(512 << 20, 10 * (768 << 20)) == 9
+    assert pools.room(512 << 20, 10 * (896 << 20)) == 9
     assert pools.room(512 << 20, 100 << 20) == 0
 
 

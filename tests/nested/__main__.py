@@ -167,7 +167,7 @@ def command(disk: Path, kernel: Path, initramfs: Path, monitor: int, agent: int)
         # Every instruction of the inner guest is translated twice: room for translated code is what counts. One processor:
         # with two, QEMU 7.2 may translate what the other one is just patching, and keep that. The guest's kernel patches
         # its scheduler whenever a first virtual machine starts and a last one ends, and then died of a stale breakpoint.
-        "-machine", "q35", "-accel", "tcg,tb-size=1024", "-cpu", "max", "-smp", "1", "-m", MEMORY,
+        "-machine", "q35", "-accel", "tcg,tb-size=1024", "-cpu", "max,-cx16", "-smp", "1", "-m", MEMORY,
         "-chardev", f"socket,id=monitor,fd={monitor}", "-mon", "chardev=monitor,mode=control",
         "-blockdev", f"driver=file,node-name=file0,filename={plan.escape(disk)},cache.no-flush=on,discard=unmap",
         "-blockdev", "driver=qcow2,node-name=disk0,file=file0,cache.no-flush=on,discard=unmap",

@@ -242,7 +242,7 @@ async def test_only_the_verdict_is_left_behind(host: Host, tmp_path: Path, monke
 
 def test_arguments() -> None:
     assert accel.arguments("kvm") == ["-accel", "kvm", "-cpu", "host"]
-    assert accel.arguments("tcg") == ["-accel", "tcg,thread=multi,tb-size=256", "-cpu", "Nehalem"]
+    assert accel.arguments("tcg") == ["-accel", "tcg,thread=multi,tb-size=256", "-cpu", "Nehalem,-cx16"]
     accel.arguments("kvm").append("changed by a caller")
     assert len(accel.arguments("kvm")) == 4
     with pytest.raises(HostError, match="xen"):

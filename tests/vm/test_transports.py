@@ -378,7 +378,6 @@ async def test_the_first_request_after_a_restore_is_answered(daemon_env: Env, tr
         pytest.skip("QEMU cannot load a snapshot while it has a vhost-user device; another test holds that we say so")
     chosen = way(daemon_env, transport, revert)
     machine = None
-    panics: list[str] = []
     try:
         for number in range(RESTORES):
             if machine is None or not await chosen.renew(machine):
@@ -388,22 +387,11 @@ async def test_the_first_request_after_a_restore_is_answered(daemon_env: Env, tr
             assert machine.hello
             served = (machine.hello.transport, machine.transport_why) == (transport, "")
             assert served or silent(machine, transport)  # then the request is answered all the same
-            try:
-                said = (await run(machine, f"cat count; echo {number} > count"))[1]
-            except RunLostError as exc:
-                if transport != "isa-serial" or "Kernel panic - " not in str(exc):
-                    raise
-                panics.append(str(exc))
-                await machine.stop()
-                machine = None
-            else:
-                assert said.count(b"No such file") == 1
+            said = (await run(machine, f"cat count; echo {number} > count"))[1]
+            assert said.count(b"No such file") == 1
     finally:
         if machine:
             await machine.stop()
-    assert len(panics) <= 1
-    if panics:  # seen twice in some thousand restores, under emulation by QEMU 7.2, with the serial line alone
-        pytest.skip(f"{RESTORES - 1} of {RESTORES} restores were answered, one guest's kernel gave up: {panics[0]}")
 
 
 async def test_where_the_daemon_cannot_serve_the_reason_is_said(daemon_env: Env) -> None:

@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import AsyncIterator, Iterator
 
-# qemu.qmp logs every lost connection as an error; who lost it says so himself.
-logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)
+# qemu.qmp logs every lost connection as an error, and as a bug of its own when we give up waiting at that moment; all of
+# them are exceptions too, and whoever gets one says what it means.
+logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL + 1)
 
 _FILE_URI = (9, 1)
 _NO_LIMIT = 1 << 40  # bytes a second

@@ -164,6 +164,25 @@ async def test_qemu_that_ends_before_its_greeting_is_told() -> None:
 CONCLUDED: Reply = {"event": "JOB_STATUS_CHANGE", "data": {"id": "$JOB", "status": "concluded"}}
 
 
+async def test_giving_up_while_qemu_ends_says_nothing_of_its_own(caplog: pytest.LogCaptureFixture) -> None:
+    """Whoever sees the process end gives up the connection in any moment of its own end."""
+
+    async def enter(sock: socket.socket) -> None:
+        async with qmp.connect("m", sock):
+            pass
+
+    for moment in range(1, 40):
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        connecting = asyncio.create_task(enter(ours))
+        theirs.close()
+        for _ in range(moment):
+            await asyncio.sleep(0)
+        connecting.cancel()
+        await asyncio.gather(connecting, return_exceptions=True)
+    assert caplog.text == ""
+
+
 async def test_job_ends_when_it_concludes_and_is_dismissed(talk: Talk) -> None:
     qemu, monitor = talk
     other: Reply = {"event": "JOB_STATUS_CHANGE", "data": {"id": "other", "status": "concluded"}}

@@ -177,8 +177,12 @@ class Keeper:
         """Start clones from the template that a change of languages has made, from the next one on."""
         assert self._door
         record = state.ready(self._record.name)
-        pool.warmth = warmth(record, self._config, pool.way)
-        pool.use(choose(record, self._config))
+        way = choose(record, self._config)
+        fresh = warmth(record, self._config, way)
+        for language in reversed(pool.warmth.wanted):
+            fresh.used(language)
+        pool.warmth = fresh
+        pool.use(way)
         self._record = record
         self._door.install(record.languages)
         log.info("the machine has other languages now: %s", ", ".join(record.languages))

@@ -1,8 +1,8 @@
 """A clean machine for every run: some are kept ready, and a bounded, fair queue stands in front of them.
 
 A machine in the pool was started, has run a trifle to show that it works (and to have its first, slow steps behind
-it), and then sleeps until it is handed out: its processors are stopped, and it costs no time. While nobody runs
-anything, those that sleep are woken one by one to run the samples of the languages that callers use.
+it), and then sleeps until it is handed out: its processors are stopped, and it costs no time. While fewer than half of
+the processors run programs, those that sleep are woken one by one to run the samples of the languages that callers use.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 
 _BACKOFF = (0.2, 1.0, 5.0, 15.0)  # seconds between failed starts
 _HEAD_START = 0.02  # seconds until a successor is started: first the machine that is handed out begins its work
+_QUIET = 0.1  # seconds without work before machines are warmed up
 _LOOK_AGAIN = 1.0  # seconds until there may be memory for one more
 _PROOF_TIMEOUT = 60.0
 _PROOF = specs.RunSpec(
@@ -46,6 +47,16 @@ _PROOF = specs.RunSpec(
     limits=specs.Limits(wall=_PROOF_TIMEOUT, cpu=0, memory=0, processes=20, file_size=0, output=4096),
     collect=(),
 )
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Errand:
+    """The sample of a language, which a machine runs while nobody wants it."""
+
+    language: str
+    spec: RunSpec
+    content: Sequence[bytes]
+    given_up: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -60,6 +71,7 @@ class Lease:
     asleep: bool = False
     lost: bool = False
     warm: set[str] = dataclasses.field(default_factory=set)  # the languages that it has run since it was clean
+    errand: Errand | None = None  # what it is to run before it waits again
     returned: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
 
     @property
@@ -87,10 +99,11 @@ async def prove(execute: Execute, clone: str) -> None:
         raise GuestError(f"machine {clone} cannot run a program: {outcome.message or outcome.exit_code}")
 
 
-async def warm_up(execute: Execute, warmth: Warmth, language: str) -> None:
-    """Have a machine run the sample of `language`, one of `warmth.wanted`. How it ends is of no matter."""
-    spec, content = warmth.sample(language)
-    await execute(spec, content, on_output=_ignore)
+async def warm_up(execute: Execute, spec: RunSpec, content: Sequence[bytes]) -> None:
+    """Have a machine run the sample of a language. Raises GuestError when that does not end as it should."""
+    outcome = await execute(spec, content, on_output=_ignore)
+    if outcome.status != 0 or outcome.limit:
+        raise GuestError(f"its sample did not end well: {outcome.limit or outcome.message or outcome.exit_code}")
 
 
 async def _ignore(_stream: Stream, _data: bytes) -> None:
@@ -146,7 +159,8 @@ class Pool:
         self._tasks: set[asyncio.Task[None]] = set()
         self._starting = 0
         self._running = 0
-        self._warming: tuple[Lease, asyncio.Task[None]] | None = None
+        self._warming: Lease | None = None
+        self._quiet: asyncio.TimerHandle | None = None
         # A burst must not take the processors away from those who run: half of them may start machines.
         self._half = max(1, (os.cpu_count() or 1) // 2)
         self._starters = asyncio.Semaphore(self._half)
@@ -166,8 +180,9 @@ class Pool:
 
     async def __aexit__(self, *_exc: object) -> None:
         self._draining = True
-        if self._hold:
-            self._hold.cancel()
+        for timer in (self._hold, self._quiet):
+            if timer:
+                timer.cancel()
         self._turns.refuse(_shutting_down())
         for task in self._tasks:
             task.cancel()
@@ -241,7 +256,8 @@ class Pool:
 
     def _warm_in(self) -> Iterable[str]:
         """Yield the wanted languages that every machine that waits has run."""
-        return (name for name in self.warmth.wanted if self._ready and all(name in lease.warm for lease in self._ready))
+        waiting = [*self._ready, *([self._warming] if self._warming else [])]
+        return (name for name in self.warmth.wanted if waiting and all(name in lease.warm for lease in waiting))
 
     @asynccontextmanager
     async def lease(self, *, caller: str = "") -> AsyncIterator[Lease]:
@@ -338,10 +354,12 @@ class Pool:
         self._starting += 1
         try:
             machine = await start()
+            lease = self._enlist(machine, way)
+            lease.out = True
         finally:
             self._starting -= 1
-        lease = self._enlist(machine, way)
-        lease.out = True
+            self._refill()
+            self._warm_soon()
         self._spawn(self._look_after(lease))
         return lease
 
@@ -356,7 +374,7 @@ class Pool:
             lease.lost = True
             lease.returned.set()
         self._ready.clear()
-        self._stop_warming()
+        self._stop_warming(lost=True)
         self._refill()
 
     # Handing out -------------------------------------------------------------------------------------------------------
@@ -411,7 +429,10 @@ class Pool:
         lease.out, lease.clean = True, False
         if not self._turns.serve(lease):
             lease.out = False
-            self._ready.append(lease)
+            if lease.warm:
+                self._ready.appendleft(lease)  # callers get the warmest first
+            else:
+                self._ready.append(lease)
             self._warm_soon()
 
     # Lives -------------------------------------------------------------------------------------------------------------
@@ -448,6 +469,7 @@ class Pool:
         if self._hold:
             self._hold.cancel()
         self._hold = asyncio.get_running_loop().call_later(wait, self._resume)
+        self._warm_soon()
 
     def _resume(self) -> None:
         self._hold = None
@@ -486,12 +508,11 @@ class Pool:
         self._offer(lease)
         await self._look_after(lease)
 
-    async def _prepare(self, lease: Lease) -> None:
+    async def _prepare(self, lease: Lease, *, proved: bool = False) -> None:
         """Have a machine show that it works, and put it to sleep; unless somebody waits for it, who will see."""
         if len(self._turns):
             return
-
-        if not lease.warm:
+        if not proved:
             await prove(lease.machine.execute, lease.clone)
         # A single machine has serial lines, on which peers of PBot's want answers.
         if not len(self._turns) and not self.way.single:
@@ -503,20 +524,31 @@ class Pool:
         try:
             while await self._used_and_well(lease):
                 lease.returned.clear()
-                if not lease.clean and not self._no_revert:
-                    self.reverts["run"] += 1
+                errand = lease.errand
+                if errand:
+                    lease.clean = await self._warm(lease, errand)
+                    if not lease.machine.alive:
+                        lease.returned.set()
+                        continue
+                if not lease.clean and (errand or not self._no_revert):
+                    self.reverts["warm-up" if errand else "run"] += 1
                     if not await lease.way.renew(lease.machine):
                         break
                     lease.warm.clear()
-                if lease.way is not self.way:
+                if self._unwanted(lease):
                     break
                 if not lease.asleep:
-                    await self._prepare(lease)
+                    await self._prepare(lease, proved=lease.clean and errand is not None)
+                if self._unwanted(lease):  # by now
+                    break
                 self._offer(lease)
         except PbotVMError as exc:
             log.error("machine %s is of no use any more: %s", lease.clone, exc)  # noqa: TRY400 - it says it all
         finally:
             await self._end(lease)
+
+    def _unwanted(self, lease: Lease) -> bool:
+        return lease.lost or lease.way is not self.way
 
     async def _used_and_well(self, lease: Lease) -> bool:
         """Wait until the machine is given back, dies or falls sick; tell whether it can be used again."""
@@ -559,39 +591,71 @@ class Pool:
     # Warming up --------------------------------------------------------------------------------------------------------
 
     def _warm_soon(self) -> None:
+        """Look in a moment whether there is time to warm machines up: whoever calls again at once is to find them asleep."""
+        if not self._quiet and not self._draining:
+            self._quiet = asyncio.get_running_loop().call_later(_QUIET, self._warm_now)
+
+    def _warm_now(self) -> None:
         """Have a machine that waits run what callers use, when the processors have nothing better to do."""
+        self._quiet = None
         if self._warming or self._starting or self._running >= self._half or len(self._turns) or self._draining:
             return
         for lease in self._ready:
             language = self.warmth.next(lease.warm)
             if language is not None:
                 self._ready.remove(lease)
+                self._warming = lease
                 lease.out = True
-                self._warming = lease, self._spawn(self._warm(lease, language))
+                lease.errand = Errand(language, *self.warmth.sample(language))
+                lease.returned.set()
                 return
 
-    async def _warm(self, lease: Lease, language: str) -> None:
-        """Run the sample of `language` on a machine, and give it back: as clean as it was, when nothing came between."""
+    async def _warm(self, lease: Lease, errand: Errand) -> bool:
+        """Have a machine run a sample; tell whether it is as clean as before, which only a sample that ended well leaves it."""
+        clean = False
+        work = asyncio.ensure_future(self._run_errand(lease, errand))
+        given_up = asyncio.ensure_future(errand.given_up.wait())
         try:
-            if await self._awake(lease):
-                await warm_up(lease.machine.execute, self.warmth, language)
-                lease.warm.add(language)
-                lease.clean = True
+            await asyncio.wait({work, given_up}, return_when=asyncio.FIRST_COMPLETED)
+            if work.done():
+                work.result()
+                self.warmth.worked(errand.language)
+                lease.warm.add(errand.language)
+                clean = True
         except UsedMachineError:
             pass  # by a peer of PBot's: it is put back now
         except PbotVMError as exc:
-            self.warmth.failed(language, exc)
+            self.warmth.failed(errand.language, exc)
         finally:
-            self.give_back(lease)
+            lease.errand = None
+            for task in (work, given_up):
+                task.cancel()
+            await asyncio.gather(work, given_up, return_exceptions=True)
+        if not clean:
+            self._warmed(lease)
+            self._refill()
+        return clean
 
-    def _stop_warming(self) -> None:
-        """Give up the machine that is being warmed up, for somebody who would have to wait for it."""
-        if self._warming and not self._warming[1].done():
-            self._warming[1].cancel()
+    async def _run_errand(self, lease: Lease, errand: Errand) -> None:
+        if lease.asleep:
+            await lease.machine.wake()
+            lease.asleep = False
+        await warm_up(lease.machine.execute, errand.spec, errand.content)
+
+    def _stop_warming(self, *, lost: bool = False) -> None:
+        """Give up the machine that is being warmed up, for somebody who would have to wait for it, or because it is `lost`.
+
+        A single machine is waited for instead: to start it again would take longer.
+        """
+        lease = self._warming
+        if lease and lost:
+            lease.lost = True
+        if lease and lease.errand and not self.way.single:
+            lease.errand.given_up.set()
             self._warming = None
 
     def _warmed(self, lease: Lease) -> None:
-        if self._warming and self._warming[0] is lease:
+        if self._warming is lease:
             self._warming = None
 
 

@@ -65,6 +65,7 @@ async def revert(pool: Pool, tag: str) -> str:
         _require(tag, await lease.machine.monitor.snapshots(DISK))
         try:
             await lease.machine.revert(tag, timeout=RESTORE_TIMEOUT[way.plan.accelerator] / 4)
+            lease.warm.clear()
         except GuestError as exc:
             # Under emulation a load in process does not rewind the guest's clock, and some guests then hang.
             log.warning("the agent was silent after snapshot-load (%s); starting a new process", exc)

@@ -126,7 +126,7 @@ async def _examine(way: Way, language: Language, warmth: Warmth, on_result: Call
         await pool.prove(vm.execute, vm.name)
         warmth.used(language.name)
         while (name := warmth.next(warm)) is not None:
-            await pool.warm_up(vm.execute, warmth, name)
+            await pool.warm_up(vm.execute, *warmth.sample(name))
             warm.add(name)
         first, wall = await _time_hello(vm, language)
         second, _wall = await _time_hello(vm, language)

@@ -7,6 +7,7 @@ quicker at the caller's program than one that has not. Nothing of that can be in
 from __future__ import annotations
 
 import logging
+import time
 from collections import Counter
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_FAILURES = 3
+_FAILURES = 3  # in a row, after which a language is let alone
+_PAUSE = 600.0  # for so many seconds
 
 
 class Warmth:
@@ -33,6 +35,7 @@ class Warmth:
         self._always = tuple(always)
         self._most = recent
         self._failures: Counter[str] = Counter()
+        self._paused: dict[str, float] = {}  # until when, on the monotonic clock
         self._used: list[str] = []  # the last one first
 
     def used(self, language: str) -> None:
@@ -43,7 +46,9 @@ class Warmth:
     @property
     def wanted(self) -> tuple[str, ...]:
         """The languages, the most wanted first."""
-        return tuple(name for name in (*self._always, *self._used) if name in self._samples)
+        now = time.monotonic()
+        names = (*self._always, *self._used)
+        return tuple(name for name in names if name in self._samples and self._paused.get(name, now) <= now)
 
     def next(self, done: Collection[str]) -> str | None:
         """Return what a machine that is warm in the languages `done` is to run next, None for nothing."""
@@ -54,9 +59,14 @@ class Warmth:
         return self._samples[language]
 
     def failed(self, language: str, why: Exception) -> None:
-        """Note that the sample of `language` could not be run; after some times it is not wanted any more."""
+        """Note that the sample of `language` could not be run; after some times in a row it is not wanted for a while."""
         self._failures[language] += 1
         log.warning("a machine was to be warm in %s: %s", language, why)
         if self._failures[language] >= _FAILURES:
-            log.error("machines are not kept warm in %s any more", language)
-            self._samples.pop(language, None)
+            log.error("machines are not kept warm in %s for %.0f s", language, _PAUSE)
+            self._failures[language] = 0
+            self._paused[language] = time.monotonic() + _PAUSE
+
+    def worked(self, language: str) -> None:
+        """Note that the sample of `language` ended well."""
+        self._failures[language] = 0

@@ -15,19 +15,19 @@ import os
 import time
 from collections import Counter, deque
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import TYPE_CHECKING, Self
 
 from pbotvm_qemu import accel, process
 from pbotvm_qemu.config import WatchdogConfig
-from pbotvm_qemu.errors import GuestError, HostError, MonitorError, NeverRanError, PbotVMError, UsedMachineError
-from pbotvm_qemu.guest import spec as specs
+from pbotvm_qemu.errands import Errand, prove, warm_up
+from pbotvm_qemu.errors import HostError, MonitorError, NeverRanError, PbotVMError, UsedMachineError
 from pbotvm_qemu.turns import Turns
 from pbotvm_qemu.warmth import Warmth
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 
-    from pbotvm_qemu.channel import OnOutput, Outcome, Stream
+    from pbotvm_qemu.channel import OnOutput, Outcome
     from pbotvm_qemu.guest.spec import RunSpec
     from pbotvm_qemu.machine import VirtualMachine
     from pbotvm_qemu.ways import Way
@@ -38,25 +38,6 @@ _BACKOFF = (0.2, 1.0, 5.0, 15.0)  # seconds between failed starts
 _HEAD_START = 0.02  # seconds until a successor is started: first the machine that is handed out begins its work
 _QUIET = 0.1  # seconds without work before machines are warmed up
 _LOOK_AGAIN = 1.0  # seconds until there may be memory for one more
-_PROOF_TIMEOUT = 60.0
-_PROOF = specs.RunSpec(
-    files=(),
-    steps=(("true",),),
-    env={},
-    stdin=False,
-    limits=specs.Limits(wall=_PROOF_TIMEOUT, cpu=0, memory=0, processes=20, file_size=0, output=4096),
-    collect=(),
-)
-
-
-@dataclasses.dataclass(slots=True, eq=False)
-class Errand:
-    """The sample of a language, which a machine runs while nobody wants it."""
-
-    language: str
-    spec: RunSpec
-    content: Sequence[bytes]
-    given_up: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -78,36 +59,6 @@ class Lease:
     def clone(self) -> str:
         """What the machine is called in reports."""
         return f"{self.machine.name}/{self.number}"
-
-
-class Execute(Protocol):
-    """Runs a program, as VirtualMachine.execute does."""
-
-    async def __call__(
-        self, spec: RunSpec, content: Sequence[bytes], *, on_output: OnOutput, stdin: AsyncIterator[bytes] | None = None
-    ) -> Outcome:
-        """Return how it ended."""
-
-
-async def prove(execute: Execute, clone: str) -> None:
-    """Have a machine run a trifle, which shows that it works, and has its slow first steps behind it afterwards.
-
-    Raises GuestError when it does not work.
-    """
-    outcome = await execute(_PROOF, [], on_output=_ignore)
-    if outcome.status != 0:
-        raise GuestError(f"machine {clone} cannot run a program: {outcome.message or outcome.exit_code}")
-
-
-async def warm_up(execute: Execute, spec: RunSpec, content: Sequence[bytes]) -> None:
-    """Have a machine run the sample of a language. Raises GuestError when that does not end as it should."""
-    outcome = await execute(spec, content, on_output=_ignore)
-    if outcome.status != 0 or outcome.limit:
-        raise GuestError(f"its sample did not end well: {outcome.limit or outcome.message or outcome.exit_code}")
-
-
-async def _ignore(_stream: Stream, _data: bytes) -> None:
-    pass
 
 
 def check_memory(memory: int) -> None:

@@ -8,7 +8,7 @@ import dataclasses
 import time
 from typing import TYPE_CHECKING, Literal
 
-from pbotvm_qemu import keeper, pool, process, request, state
+from pbotvm_qemu import errands, keeper, process, request, state
 from pbotvm_qemu.config import Limits
 from pbotvm_qemu.errors import GuestError
 from pbotvm_qemu.languages import ROWS
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
     from pbotvm_qemu.channel import Outcome, Stream
     from pbotvm_qemu.config import Config
+    from pbotvm_qemu.errands import Execute
     from pbotvm_qemu.languages import Language, Row
     from pbotvm_qemu.machine import VirtualMachine
-    from pbotvm_qemu.pool import Execute
     from pbotvm_qemu.warmth import Warmth
     from pbotvm_qemu.ways import Way
 
@@ -123,10 +123,10 @@ async def _examine(way: Way, language: Language, warmth: Warmth, on_result: Call
     results = []
     warm: set[str] = set()
     async with _started(way) as vm:
-        await pool.prove(vm.execute, vm.name)
+        await errands.prove(vm.execute, vm.name)
         warmth.used(language.name)
         while (name := warmth.next(warm)) is not None:
-            await pool.warm_up(vm.execute, *warmth.sample(name))
+            await errands.warm_up(vm.execute, *warmth.sample(name))
             warm.add(name)
         first, wall = await _time_hello(vm, language)
         second, _wall = await _time_hello(vm, language)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from pbotvm_qemu import errands
 from pbotvm_qemu import pool as pools
 from pbotvm_qemu.channel import Hello, Outcome
 from pbotvm_qemu.config import MachineConfig
@@ -155,7 +156,7 @@ async def settle(pool: Pool, ready: int) -> None:
 
 
 def program(language: str) -> RunSpec:
-    return pools._PROOF._replace(language=language)
+    return errands.PROOF._replace(language=language)
 
 
 def warmth(*always: str, recent: int = 2) -> Warmth:
@@ -163,7 +164,7 @@ def warmth(*always: str, recent: int = 2) -> Warmth:
 
 
 async def use(pool: Pool, language: str) -> None:
-    await pool.run(program(language), [], on_output=pools._ignore)
+    await pool.run(program(language), [], on_output=errands.ignore)
 
 
 async def warm(pool: Pool, *languages: str) -> None:

@@ -22,7 +22,7 @@ ROWS = (
     {"guest", "errors", "turns", "service"},
     {"network.policy", "network.steps"},
     {"network.addresses", "paths", "endpoints", "network.links", "process", "qmp", "channel", "runlog", "languages", "warmth"},
-    {"transports"},
+    {"transports", "errands"},
     {"config"},
     {"network.bridgehelper", "network.dhcp", "network.managers", "network.netfilter", "accel", "image", "state", "request", "reply", "watchdog", "pbot_guest", "metrics", "editing", "shelf"},
     {"network.attachment", "network.netprobe", "network.netsetup"},

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from pbotvm_qemu import errands
 from pbotvm_qemu import pool as pools
 from pbotvm_qemu.errors import GuestError, MonitorError, RunLostError, UsedMachineError
 from tests.unit.pretend import OUTCOME, Machine, Way, program, quick, running, settle, use, warm, warmth  # noqa: F401 - quick
@@ -269,7 +270,7 @@ async def test_machines_are_warmed_up_and_replaced_after_an_adoption() -> None:
             return await way.start()
 
         adopting = asyncio.create_task(pool.adopt(way, slow))  # type: ignore[arg-type]
-        await pool.execute(lease, program("sh"), [], on_output=pools._ignore)
+        await pool.execute(lease, program("sh"), [], on_output=errands.ignore)
         gate.set()
         other = await adopting
         await until(lambda: pool.status()["warm"] == ["sh"])
@@ -325,7 +326,7 @@ async def test_whatever_happens_no_machine_is_lost_and_none_is_handed_out_unclea
                 raise RunLostError("it died")
             if spec.language and chance.random() < 0.03:
                 raise GuestError("the agent is silent")
-        if on_output is pools._ignore:  # a sample, which leaves nothing
+        if on_output is errands.ignore:  # a sample, which leaves nothing
             dirty.discard(self)
         return OUTCOME
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from pbotvm_qemu import config, keeper, paths, pool, state
+from pbotvm_qemu import config, errands, keeper, paths, state
 from pbotvm_qemu.languages import SETS
 from pbotvm_qemu.pool import Pool
 from tests.support import cli
@@ -39,7 +39,7 @@ async def first_and_second(kept: Pool, warmth: Warmth, language: str) -> tuple[i
     async with kept.lease() as lease:
         counts = [await translated(lease.machine)]
         for _ in range(2):
-            await pool.warm_up(lease.machine.execute, *warmth.sample(language))
+            await errands.warm_up(lease.machine.execute, *warmth.sample(language))
             counts.append(await translated(lease.machine))
     return counts[1] - counts[0], counts[2] - counts[1]
 

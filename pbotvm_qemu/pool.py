@@ -257,8 +257,8 @@ class Pool:
                 queued = time.monotonic() - begin
                 try:
                     outcome = await self.execute(lease, spec, content, on_output=on_output, stdin=stdin)
-                except UsedMachineError:  # over its serial line, by a peer of PBot's: it is put back now
-                    if queued < self._queue_wait:
+                except UsedMachineError:  # over its serial line, by a peer of PBot's: it is put back now, if it ever is
+                    if queued < self._queue_wait and not self._no_revert:
                         continue
                     raise
                 return self.signed(outcome, lease, queued)

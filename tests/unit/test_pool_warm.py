@@ -231,22 +231,26 @@ async def test_a_machine_that_falls_asleep_while_the_way_changes_is_not_kept(
 
 async def test_with_no_revert_a_machine_that_a_peer_has_used_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     used: set[Machine] = set()
+    refused = 0
     real = Machine.execute
 
     async def execute(self: Machine, spec: RunSpec, content: object, **kwargs: object) -> Outcome:
+        nonlocal refused
         if self in used:
+            refused += 1
             raise UsedMachineError("this machine has run a program for another peer")
         return await real(self, spec, content, **kwargs)
 
     monkeypatch.setattr(Machine, "execute", execute)
     way = Way(single=True)
-    async with running(way, no_revert=True, queue_wait=0.1, warmth=warmth("sh", recent=0)) as pool:
+    async with running(way, no_revert=True, warmth=warmth("sh", recent=0)) as pool:
         await warm(pool, "sh")
         used.add(way.made[0])
         with pytest.raises(UsedMachineError):
             await use(pool, "python3")
         await warm(pool, "sh")
         await use(pool, "python3")
+        assert refused == 2, "for the caller, and when it was to show that it works"
 
 
 async def test_with_no_revert_a_machine_shows_after_each_run_that_it_works() -> None:

@@ -170,6 +170,7 @@ async def reach(transport: Transport, within: float, *, refusals: float | None =
     begin = clock()
     deadline = begin + within
     attempt = _ATTEMPT
+    told = ""
     while True:
         channel = None
         now = clock()
@@ -182,7 +183,8 @@ async def reach(transport: Transport, within: float, *, refusals: float | None =
             return Reached(channel, replace(hello, transport=transport.name))
         except (OSError, TimeoutError, GuestError) as exc:
             refused = clock() < until  # else nobody said anything
-            why = str(exc) or f"no answer within {within:.1f} s"
+            told = str(exc) or told  # silence at the end does not unsay a refusal
+            why = told or f"no answer within {within:.1f} s"
             if channel:
                 await channel.close()
             last = min(deadline, begin + refusals) if refused and refusals is not None else deadline

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import socket
 from contextlib import AsyncExitStack
@@ -93,6 +94,32 @@ async def test_who_refuses_at_first_is_asked_again(agent: peers.Agent, tmp_path:
         assert reached.hello.transport == "vhost-user-vsock"
         await later
         await reached.channel.close()
+
+
+class Fading:
+    """Refuses the first connection, and then says nothing any more."""
+
+    name: transports.Name = "vsock"
+    connects = True
+    patience = 0.5
+    prelude = b""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    async def connect(self) -> socket.socket:
+        self.asked += 1
+        if self.asked == 1:
+            raise ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")
+        await asyncio.Event().wait()
+        raise AssertionError
+
+
+async def test_silence_after_a_refusal_does_not_hide_it() -> None:
+    fading = Fading()
+    with pytest.raises(GuestError, match=r"vsock: .*Connection reset by peer"):
+        await transports.reach(fading, 0.5, refusals=0.3)
+    assert fading.asked > 1
 
 
 async def test_when_none_answers_the_last_one_is_named(tmp_path: Path) -> None:

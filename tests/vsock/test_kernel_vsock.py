@@ -327,6 +327,7 @@ async def test_every_refusal_has_its_error_and_virtio_serial_takes_over(
         async with machine.over("virtio-serial").clone() as vm:
             assert vm.hello
             assert vm.hello.transport == "virtio-serial"
+            await run(vm, "true")  # a guest that has just begun may take longer than that to refuse
             await vm.channel.close()
             ways: list[transports.Transport] = [
                 transports.Vsock(cid or vm._cid, port),

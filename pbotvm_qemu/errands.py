@@ -10,12 +10,12 @@ from pbotvm_qemu.errors import GuestError
 from pbotvm_qemu.guest import spec as specs
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
     from pbotvm_qemu.channel import OnOutput, Outcome, Stream
     from pbotvm_qemu.guest.spec import RunSpec
 
-_TIMEOUT = 60.0
+_TIMEOUT = 60.0  # seconds
 PROOF = specs.RunSpec(
     files=(),
     steps=(("true",),),
@@ -24,16 +24,6 @@ PROOF = specs.RunSpec(
     limits=specs.Limits(wall=_TIMEOUT, cpu=0, memory=0, processes=20, file_size=0, output=4096),
     collect=(),
 )
-
-
-@dataclasses.dataclass(slots=True, eq=False)
-class Errand:
-    """The sample of a language, which a machine runs while nobody wants it."""
-
-    language: str
-    spec: RunSpec
-    content: Sequence[bytes]
-    given_up: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
 
 
 class Execute(Protocol):
@@ -64,3 +54,36 @@ async def warm_up(execute: Execute, spec: RunSpec, content: Sequence[bytes]) -> 
 
 async def ignore(_stream: Stream, _data: bytes) -> None:
     """Take output that nobody wants."""
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Errand:
+    """The sample of a language, which a machine runs while nobody wants it."""
+
+    language: str
+    spec: RunSpec
+    content: Sequence[bytes]
+    given_up: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
+
+    async def run(self, execute: Execute, wake: Callable[[], Awaitable[None]] | None) -> bool:
+        """Have a machine run the sample, after `wake` when it sleeps; tell whether it did before this was given up.
+
+        Raises what `wake` and `warm_up` raise.
+        """
+        work = asyncio.ensure_future(self._run(execute, wake))
+        given_up = asyncio.ensure_future(self.given_up.wait())
+        try:
+            await asyncio.wait({work, given_up}, return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():
+                return False
+            work.result()
+            return True
+        finally:
+            for task in (work, given_up):
+                task.cancel()
+            await asyncio.gather(work, given_up, return_exceptions=True)
+
+    async def _run(self, execute: Execute, wake: Callable[[], Awaitable[None]] | None) -> None:
+        if wake:
+            await wake()
+        await warm_up(execute, self.spec, self.content)

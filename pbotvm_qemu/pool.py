@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Self
 
 from pbotvm_qemu import accel, process
 from pbotvm_qemu.config import WatchdogConfig
-from pbotvm_qemu.errands import Errand, prove, warm_up
+from pbotvm_qemu.errands import Errand, prove
 from pbotvm_qemu.errors import HostError, MonitorError, NeverRanError, PbotVMError, UsedMachineError
 from pbotvm_qemu.turns import Turns
 from pbotvm_qemu.warmth import Warmth
@@ -388,12 +388,11 @@ class Pool:
 
     # Lives -------------------------------------------------------------------------------------------------------------
 
-    def _spawn(self, work: Awaitable[None]) -> asyncio.Task[None]:
+    def _spawn(self, work: Awaitable[None]) -> None:
         task = asyncio.ensure_future(work)
         assert isinstance(task, asyncio.Task)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        return task
 
     def _refill(self) -> None:
         """Start as many machines as are wanted and allowed."""
@@ -564,34 +563,22 @@ class Pool:
     async def _warm(self, lease: Lease, errand: Errand) -> bool:
         """Have a machine run a sample; tell whether it is as clean as before, which only a sample that ended well leaves it."""
         clean = False
-        work = asyncio.ensure_future(self._run_errand(lease, errand))
-        given_up = asyncio.ensure_future(errand.given_up.wait())
         try:
-            await asyncio.wait({work, given_up}, return_when=asyncio.FIRST_COMPLETED)
-            if work.done():
-                work.result()
-                self.warmth.worked(errand.language)
-                lease.warm.add(errand.language)
-                clean = True
+            clean = await errand.run(lease.machine.execute, lease.machine.wake if lease.asleep else None)
         except UsedMachineError:
             pass  # by a peer of PBot's: it is put back now
         except PbotVMError as exc:
             self.warmth.failed(errand.language, exc)
         finally:
             lease.errand = None
-            for task in (work, given_up):
-                task.cancel()
-            await asyncio.gather(work, given_up, return_exceptions=True)
-        if not clean:
+        if clean:
+            self.warmth.worked(errand.language)
+            lease.warm.add(errand.language)
+            lease.asleep = False
+        else:
             self._warmed(lease)
             self._refill()
         return clean
-
-    async def _run_errand(self, lease: Lease, errand: Errand) -> None:
-        if lease.asleep:
-            await lease.machine.wake()
-            lease.asleep = False
-        await warm_up(lease.machine.execute, errand.spec, errand.content)
 
     def _stop_warming(self, *, lost: bool = False) -> None:
         """Give up the machine that is being warmed up, for somebody who would have to wait for it, or because it is `lost`.

@@ -20,6 +20,7 @@ own `vm-exec.json` is read as well when it lies beside config.toml, and is the w
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import tomllib
@@ -267,6 +268,22 @@ _ENVIRONMENT: tuple[tuple[tuple[str, ...], str, str], ...] = (
 )
 _FALSE = ("", "0")  # in Perl, whose variables these are
 
+# TOML's own words for what a key takes, and how that is written.
+_KINDS: dict[type, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    tuple: "a list",
+}
+_EXAMPLES: dict[type, str] = {
+    bool: "write true or false, without quotes",
+    int: "write a plain number, such as 2",
+    float: "write a plain number, such as 2.5",
+    str: 'write it in quotes: "..."',
+    tuple: 'write it in brackets: ["..."]',
+}
+
 _TABLES = ("machine", "limits", "relay", "pool", "paste", "watchdog", "metrics", "network")
 _Table = TypeVar(
     "_Table",
@@ -315,7 +332,9 @@ def _value(table: str, name: str, raw: object, default: object, source: str) -> 
     if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if type(value) is not type(default):
-        raise ConfigError(f"{what} is {raw!r}, expected {type(default).__name__}", hint=f"the default is {default!r}")
+        raise ConfigError(
+            f"{what} is {json.dumps(raw, default=str)}, not {_KINDS[type(default)]}", hint=_EXAMPLES[type(default)]
+        )
     _check(table, name, value, raw, what)
     return value
 

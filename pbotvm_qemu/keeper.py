@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from pbotvm_qemu import image, paths, plan, pool, process, request, service, snapshots, state, transports, ways
 from pbotvm_qemu.config import SNAPSHOT
 from pbotvm_qemu.control import ControlServer
-from pbotvm_qemu.errors import UsageError
+from pbotvm_qemu.errors import ConfigError, UnknownLanguageError, UsageError
 from pbotvm_qemu.frontdoor import FrontDoor
 from pbotvm_qemu.languages import Registry
 from pbotvm_qemu.pool import Pool
@@ -265,10 +265,13 @@ def warmth(record: state.MachineRecord, config: Config, way: ways.Way) -> Warmth
     """Return in which languages the machines that `way` starts are to be warm.
 
     Hardware has nothing to translate, and a machine that is put back rather than replaced has no time to.
-    Raises UnknownLanguageError when the configuration names one that is not known; one that the machine lacks is only logged.
+    Raises ConfigError when the configuration names one that is not known; one that the machine lacks is only logged.
     """
     registry = Registry.load(paths.user_languages())
-    always = [registry.find(name).name for name in config.pool.warm]
+    try:
+        always = [registry.find(name).name for name in config.pool.warm]
+    except UnknownLanguageError as exc:
+        raise ConfigError(f"warm in [pool]: {exc}", hint=f"mend {paths.config_file()}; {exc.hint}") from exc
     for name in set(always) - set(record.languages):
         log.warning("warm in [pool] names %s, which machine %s does not have", name, record.name)
     samples = {

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
+from pbotvm_qemu import config, keeper
+from pbotvm_qemu.errors import ConfigError
 from pbotvm_qemu.guest.spec import Limits, RunSpec
 from pbotvm_qemu.warmth import Warmth
 
@@ -60,3 +65,14 @@ def test_a_sample_that_fails_three_times_in_a_row_is_not_wanted_for_a_while(
     assert "not kept warm in perl for 600 s" in caplog.text
     now += 600
     assert list(warmth.wanted) == ["sh", "perl"]
+
+
+def test_a_language_in_the_configuration_that_nobody_knows_is_told_with_its_place() -> None:
+    record: Any = SimpleNamespace(languages=("sh",), accelerator="tcg", name="m")
+    way: Any = SimpleNamespace(single=False)
+    wanted = config.override(config.Config(), "pool", warm=("cobol",))
+    with pytest.raises(ConfigError, match=r"warm in \[pool\]: .*'cobol'") as caught:
+        keeper.warmth(record, wanted, way)
+    assert "config.toml" in str(caught.value.hint)
+    known = keeper.warmth(record, config.override(wanted, "pool", warm=("dash",)), way)
+    assert known.wanted == ("sh",)

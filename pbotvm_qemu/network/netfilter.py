@@ -209,6 +209,7 @@ def dismiss(guest: Guest, plan: Plan) -> str:
 def _limit(rate: int) -> list[str]:
     if not rate:
         return []
+    # For bytes the kernel's bucket holds a second's worth beside the burst (nft_limit_init in net/netfilter/nft_limit.c).
     return [f"limit rate over {rate} bytes/second burst {max(rate // 4, BURST_MIN)} bytes drop"]
 
 
